@@ -1,0 +1,289 @@
+"""Config files: YAML, typed and validated before anything loads.
+
+`base: other.yaml` deep-merges a file under this one; `key.sub=value` overrides on the command line; `type:` picks a
+registered class; `plugins: [my_file.py]` imports files that register more. All errors come at once, each with its path,
+value, cause and cure.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
+
+from moe_vision.registry import Registry, suggest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, what was found, why it is wrong, what to do."""
+
+    path: str
+    value: Any
+    cause: str
+    cure: str
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "…"
+        return f"{self.path} = {shown}: {self.cause}; {self.cure}"
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with one config."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source, self.problems = source, list(problems)
+        lines = [f"{source}: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"]
+        super().__init__("\n".join(lines + [f"  {problem}" for problem in self.problems]))
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Registered:
+    """Annotation of a field whose `type:` key picks a class from `registry`.
+
+    >>> Annotated[MixerConfig, Registered(MIXERS)]
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        choices: dict[str, core_schema.CoreSchema] = {
+            name: core_schema.no_info_before_validator_function(_without_type, handler.generate_schema(cls))
+            for name, cls in self.registry.items()
+        }
+        union = core_schema.tagged_union_schema(choices, discriminator="type")
+        return core_schema.no_info_wrap_validator_function(_instances_pass(source), union)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        options = []
+        for name, cls in self.registry.items():
+            option = pydantic.TypeAdapter(cls).json_schema()
+            option.setdefault("properties", {})["type"] = {"const": name}
+            options.append({**option, "title": f"{self.registry.kind} {name}"})
+        return {"oneOf": options}
+
+
+def _without_type(values: Any) -> Any:
+    return (
+        {key: value for key, value in values.items() if key != "type"}
+        if isinstance(values, Mapping)
+        else values
+    )
+
+
+def _instances_pass(source: Any) -> Any:
+    def validate(value: Any, handler: Any) -> Any:
+        return value if isinstance(value, source) else handler(value)
+
+    return validate
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(cls: type[ConfigT], path: Path | str, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, merge its bases, apply overrides, import its plug-ins and validate. Raises ConfigError."""
+    path = Path(path)
+    values = read_yaml(path)
+    for override in overrides:
+        values = apply_override(values, override)
+    return validate(cls, values, source=str(path), folder=path.parent)
+
+
+def validate(cls: type[ConfigT], values: dict[str, Any], *, source: str, folder: Path = Path()) -> ConfigT:
+    """Validate plain values; `folder` is where relative plug-in paths start. Raises ConfigError with every problem."""
+    for plugin in values.get("plugins") or []:
+        import_plugin((folder / str(plugin)).resolve())
+    if values.get("plugins"):
+        values = {
+            **values,
+            "plugins": [str((folder / str(plugin)).resolve()) for plugin in values["plugins"]],
+        }
+        cls.model_rebuild(force=True)  # the registries have grown since the class was made
+    try:
+        return cls.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(
+            source, [_problem(cls, values, e) for e in error.errors(include_url=False)]
+        ) from None
+
+
+def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping with its `base:` files merged below it. Raises ConfigError."""
+    path = path.resolve()
+    if path in _seen:
+        chain = " → ".join(str(p) for p in (*_seen, path))
+        raise ConfigError(
+            str(path), [Problem("base", path.name, "includes itself", f"break the circle {chain}")]
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        cure = suggest(path.name, near) if near else f"the folder {path.parent} has no config file"
+        raise ConfigError(str(path), [Problem("file", path.name, "no such file", cure)]) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(
+            str(path), [Problem("file", path.name, f"is not YAML: {error}", "mend its syntax")]
+        ) from None
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise ConfigError(
+            str(path), [Problem("file", path.name, f"holds a {found}", "write `key: value` lines")]
+        )
+    base = values.pop("base", None)
+    return merge(read_yaml(path.parent / base, (*_seen, path)), values) if base is not None else values
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep-merge two mappings; `above` wins. A mapping whose `type` differs replaces the one below as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        mappings = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if mappings and value.get("type", old.get("type")) == old.get("type"):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Apply one `dotted.key=value`; the value is YAML. `key=null` under `experts` takes that expert out.
+
+    Raises ConfigError if the override has no `=` or reaches into something that is no mapping.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        problem = Problem("override", override, "is not key=value", "write for example experts.clip.layer=-2")
+        raise ConfigError("command line", [problem])
+    *parents, last = path.split(".")
+    result = dict(values)
+    node = result
+    for depth, key in enumerate(parents):
+        below = node.get(key)
+        if below is None and ".".join(parents[:depth]) == "experts":
+            known = list(node)
+            raise ConfigError(
+                "command line", [Problem(path, key, "no such expert in this config", suggest(key, known))]
+            )
+        if below is not None and not isinstance(below, Mapping):
+            where = ".".join(parents[: depth + 1])
+            problem = Problem(where, below, "is a value, not a mapping", f"override {where} itself")
+            raise ConfigError("command line", [problem])
+        node[key] = dict(below or {})
+        node = node[key]
+    value = yaml.safe_load(text)
+    if value is None and parents == ["experts"]:
+        if last not in node:
+            raise ConfigError(
+                "command line", [Problem(path, last, "no such expert", suggest(last, list(node)))]
+            )
+        del node[last]
+    else:
+        node[last] = value
+    return result
+
+
+def import_plugin(path: Path) -> None:
+    """Import a file for the classes it registers, once. Raises ConfigError if it is missing or fails."""
+    name = f"moe_vision_plugin_{path.stem}_{abs(hash(str(path)))}"
+    if name in sys.modules:
+        return
+    if not path.is_file():
+        raise ConfigError(
+            "plugins", [Problem("plugins", str(path), "no such file", "give a path relative to the config")]
+        )
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        cause = f"does not import: {type(error).__name__}: {error}"
+        raise ConfigError("plugins", [Problem("plugins", str(path), cause, "mend the file")]) from error
+
+
+def _problem(cls: type[BaseModel], values: Any, error: Any) -> Problem:
+    path, names = _locate(cls, values, error["loc"])
+    key = path.rsplit(".", 1)[-1]
+    kind, context = error["type"], error.get("ctx", {})
+    value = error["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return Problem(path, value, f"unknown key '{key}'", suggest(key, names) if names else "leave it out")
+    if kind == "union_tag_invalid":
+        tag, known = context["tag"], [name.strip("' ") for name in context["expected_tags"].split(",")]
+        return Problem(f"{path}.type", tag, f"unknown type '{tag}'", suggest(tag, known))
+    if kind == "union_tag_not_found":
+        return Problem(path, value, "has no `type` key", "say which one, as in `type: mlp`")
+    if kind in ("missing", "missing_argument"):
+        return Problem(path, None, "is missing", "add it")
+    message = error["msg"].removeprefix("Value error, ")
+    cause, _, cure = message.partition(": ")
+    return Problem(path, value, cause, cure or "see `moe-vision schema` for what is valid here")
+
+
+def _locate(cls: type[BaseModel], values: Any, loc: Sequence[Any]) -> tuple[str, list[str]]:
+    """Path of an error as the user wrote it (without the tags of unions), and the names that are valid there."""
+    parts: list[str] = []
+    fields: Any = cls
+    names = list(cls.model_fields)
+    for i, key in enumerate(loc):
+        if isinstance(fields, Registered):  # this key is the tag
+            fields = fields.registry[key] if key in fields.registry else None
+            continue
+        parts.append(str(key))
+        names = _names(fields)
+        fields = _descend(fields, key)
+    return ".".join(parts) or "(whole file)", names
+
+
+def _names(fields: Any) -> list[str]:
+    if isinstance(fields, type) and issubclass(fields, BaseModel):
+        return list(fields.model_fields)
+    if dataclasses.is_dataclass(fields):
+        return [field.name for field in dataclasses.fields(fields)]
+    return []
+
+
+def _descend(fields: Any, key: Any) -> Any:
+    """Type of the value under `key` of a model, dataclass, mapping or list; None where it is not known."""
+    if isinstance(fields, type) and issubclass(fields, BaseModel):
+        info = fields.model_fields.get(key)
+        if info is None:
+            return None
+        tags = [item for item in info.metadata if isinstance(item, Registered)]
+        return tags[0] if tags else _unwrap(info.annotation)
+    if typing.get_origin(fields) in (dict, list, tuple, Mapping):
+        return _unwrap(typing.get_args(fields)[-1])
+    return None
+
+
+def _unwrap(annotation: Any) -> Any:
+    """Annotated and optional annotations to what they hold."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        tags = [item for item in typing.get_args(annotation)[1:] if isinstance(item, Registered)]
+        return tags[0] if tags else _unwrap(typing.get_args(annotation)[0])
+    inner = [item for item in typing.get_args(annotation) if item is not type(None)]
+    if len(inner) == 1 and type(None) in typing.get_args(annotation):
+        return _unwrap(inner[0])
+    return annotation

@@ -1,0 +1,58 @@
+"""ConvNeXt (Liu et al., 2022) as trained by CLIP on LAION, on transformers' `ConvNextModel`.
+
+The last stage's map is taken as it is, without the classifier's norm, as Eagle does.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import ConvNextConfig as LibraryConfig
+from transformers import ConvNextModel
+
+from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
+from moe_vision.registry import EXPERTS
+
+
+@EXPERTS.register("convnext")
+@dataclass(frozen=True, kw_only=True)
+class ConvNextConfig(ExpertConfig):
+    specs: ClassVar = {
+        "xxlarge_clip": ExpertSpec(
+            hub_id="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+            revision="main",
+            licence="mit",
+            channels=3072,
+            stride_px=32,
+            image_size=(1024, 1024),
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            pretraining="image-text contrast, LAION-2B",
+            # transformers writes 1e-6 into every block; CLIP's ConvNeXt was trained with 1e-5.
+            architecture={"hidden_sizes": [384, 768, 1536, 3072], "depths": [3, 4, 30, 3], "num_stages": 4,
+                          "layer_norm_eps": 1e-5},
+        ),
+        "micro": micro_spec(
+            "convnext", channels=96, stride_px=16, size_px=128, pretraining="textures and shapes of generated scenes",
+            architecture={"hidden_sizes": [24, 48, 96], "depths": [2, 2, 4], "num_stages": 3,
+                          "layer_norm_eps": 1e-6, "layer_scale_init_value": 0.5},
+        ),
+    }  # fmt: skip
+
+    def build(self) -> "ConvNextExpert":
+        return ConvNextExpert(self)
+
+
+class ConvNextExpert(Expert):
+    def __init__(self, config: ConvNextConfig) -> None:
+        super().__init__(config)
+        self.model = ConvNextModel(LibraryConfig(**config.spec.architecture))
+        self.model.layernorm = nn.Identity()  # belongs to the pooled output, which nobody reads here
+        for module in self.model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.spec.architecture["layer_norm_eps"]
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[V, 3, H, W] → [V, C, H / 32, W / 32] (the stride is the spec's)."""
+        return self.model(pixels).last_hidden_state

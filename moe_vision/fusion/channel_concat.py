@@ -1,0 +1,67 @@
+"""Eagle's fusion (Shi et al., 2024): every expert's map on one grid, stacked along the channels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_vision.fusion.base import Mixer, MixerConfig
+from moe_vision.fusion.grid import GridMethod, adapt_grid, adapted_shape
+from moe_vision.registry import MIXERS, suggest
+from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
+
+
+@MIXERS.register("channel_concat")
+@dataclass(frozen=True, kw_only=True)
+class ChannelConcatConfig(MixerConfig):
+    """grid: the common grid (height, width) in cells. resample: per expert, `bilinear` where it is not named.
+
+    align_corners: of the bilinear resampling; Eagle's published code aligns them.
+    """
+
+    grid: tuple[int, int]
+    resample: Mapping[str, GridMethod] = field(default_factory=dict)
+    align_corners: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if min(self.grid) < 1:
+            raise ValueError(f"grid {list(self.grid)} of channel_concat: both sides must be at least 1 cell")
+
+    def adapted(self, inputs: Mapping[str, MapShape]) -> dict[str, MapShape]:
+        """Each expert's shape on the common grid."""
+        for name in self.resample:
+            if name not in inputs:
+                raise ValueError(
+                    f"resample names an expert that is not mixed, '{name}': {suggest(name, list(inputs))}"
+                )
+        shapes = {}
+        for name, shape in inputs.items():
+            try:
+                shapes[name] = adapted_shape(shape, self.grid, self.resample.get(name, "bilinear"))
+            except ValueError as error:
+                raise ValueError(f"expert '{name}': {error}") from None
+        return shapes
+
+    def shape(self, inputs: Mapping[str, MapShape]) -> TokenShape:
+        channels = sum(shape.channels for shape in self.adapted(inputs).values())
+        return TokenShape(self.grid[0] * self.grid[1], channels, self.grid)
+
+    def build(self, inputs: Mapping[str, MapShape]) -> "ChannelConcat":
+        self.shape(inputs)
+        return ChannelConcat(self)
+
+
+class ChannelConcat(Mixer):
+    def __init__(self, config: ChannelConcatConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, maps: Mapping[str, FeatureMap]) -> VisualTokens:
+        """Maps [V, C_i, h_i, w_i] in the order of the config → tokens [V, h * w, sum of C_i], row by row."""
+        config = self.config
+        adapted = [
+            adapt_grid(map_.data, config.grid, config.resample.get(name, "bilinear"), config.align_corners)
+            for name, map_ in maps.items()
+        ]
+        return VisualTokens(torch.cat(adapted, dim=1).flatten(2).transpose(1, 2), config.grid)

@@ -1,0 +1,78 @@
+"""LLaVA-1.5's projector (Liu et al., 2023), with any depth and width, and pooling of the projected raster."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from moe_vision.fusion.base import Adapter, AdapterConfig
+from moe_vision.registry import ADAPTERS
+from moe_vision.types import TokenShape, VisualTokens
+
+
+@ADAPTERS.register("mlp")
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig(AdapterConfig):
+    """depth: linear layers (2 is LLaVA's `mlp2x_gelu`). inner_size: width between them, the language model's if null.
+
+    pool: side of the square of cells that are averaged after projecting; every cell shares the projector, so pooling
+    after it keeps the projector small and cuts the tokens by pool².
+    """
+
+    depth: int = 2
+    inner_size: int | None = None
+    activation: Literal["gelu", "silu", "relu"] = "gelu"
+    pool: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "pool", "inner_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} of mlp: must be at least 1")
+
+    def shape(self, inputs: TokenShape, hidden_size: int) -> TokenShape:
+        if self.pool == 1:
+            return TokenShape(inputs.num_tokens, hidden_size, inputs.grid)
+        if inputs.grid is None:
+            raise ValueError(
+                f"pool {self.pool} of mlp needs tokens on a raster; this mixer gives none: set pool to 1"
+            )
+        height, width = inputs.grid
+        if height % self.pool or width % self.pool:
+            fits = [
+                side for side in range(1, min(inputs.grid) + 1) if height % side == 0 and width % side == 0
+            ]
+            raise ValueError(
+                f"pool {self.pool} of mlp does not divide the grid {list(inputs.grid)}; these do: {fits}"
+            )
+        grid = (height // self.pool, width // self.pool)
+        return TokenShape(grid[0] * grid[1], hidden_size, grid)
+
+    def build(self, inputs: TokenShape, hidden_size: int) -> "Mlp":
+        self.shape(inputs, hidden_size)
+        return Mlp(self, inputs.channels, hidden_size)
+
+
+class Mlp(Adapter):
+    def __init__(self, config: MlpConfig, channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        widths = [channels] + [config.inner_size or hidden_size] * (config.depth - 1) + [hidden_size]
+        layers: list[nn.Module] = []
+        for i in range(config.depth):
+            layers += [ACT2FN[config.activation]] if i else []
+            layers.append(nn.Linear(widths[i], widths[i + 1]))
+        # Indices 0, 2, … are LLaVA's and Eagle's own (`mm_projector.0.weight`).
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        """[V, N, C] → [V, N / pool², D]."""
+        projected = self.layers(tokens.data)
+        if self.config.pool == 1:
+            return VisualTokens(projected, tokens.grid)
+        assert tokens.grid is not None  # build() refused a mixer without a raster
+        raster = projected.transpose(1, 2).unflatten(2, tokens.grid)
+        pooled = F.avg_pool2d(raster, self.config.pool)
+        return VisualTokens(pooled.flatten(2).transpose(1, 2), (pooled.shape[2], pooled.shape[3]))

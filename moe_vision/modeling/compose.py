@@ -1,0 +1,97 @@
+"""From a model config to a fused model with its weights, and from a folder back to one.
+
+ModelConfig ─ compose() ─ model, processor ─ save_pretrained ─ folder ─ load() ─ model, processor
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_vision.experts.weights import load_expert_weights, located
+from moe_vision.modeling import (
+    MoeVisionConfig,
+    MoeVisionForConditionalGeneration,
+    MoeVisionImageProcessor,
+    MoeVisionProcessor,
+)
+from moe_vision.modeling.model_config import ModelConfig
+
+__all__ = ["ModelConfig", "compose", "load"]
+
+
+def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
+    """Build the fused model with every weight that its config names, in fp32, and its processor.
+
+    Raises WeightsError where weights do not fit, OSError where the language model or its tokenizer cannot be found.
+    """
+    language = config.language_model
+    source = language.tokenizer or language.pretrained
+    if source is None:
+        raise ValueError("language_model has no tokenizer: give `tokenizer`, a Hub id or a folder")
+    tokenizer = AutoTokenizer.from_pretrained(located(source))
+    if getattr(tokenizer, "image_token", None) is None:
+        tokenizer.add_special_tokens({"image_token": language.image_token})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    hf_config = config.hf_config(tokenizer.convert_tokens_to_ids(tokenizer.image_token))
+    model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
+    for name, expert in config.experts.items():
+        if expert.pretrained is not None:
+            load_expert_weights(model.model.vision_tower.experts[name], expert.pretrained)
+    if language.pretrained is not None:
+        load_language_model(model, located(language.pretrained))
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    if language.pretrained is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, make_processor(config, hf_config, tokenizer)
+
+
+def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
+    """Copy a causal language model's weights into the fused model, exactly."""
+    causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.model.language_model.load_state_dict(causal.base_model.state_dict())
+    if not model.config.tie_word_embeddings:
+        model.lm_head.load_state_dict(causal.get_output_embeddings().state_dict())
+
+
+def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: Any) -> MoeVisionProcessor:
+    """The processor whose placeholder count and canvas are derived from the model's config."""
+    vision = hf_config.vision_config
+    height, width = vision.canvas_size()
+    tokens = vision.adapter("overview").shape(
+        vision.mixed_shape("overview"), hf_config.text_config.hidden_size
+    )
+    image_processor = MoeVisionImageProcessor(
+        size={"height": height, "width": width}, do_pad=config.image_fit == "pad"
+    )
+    return MoeVisionProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        num_image_tokens=tokens.num_tokens,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def load(folder: Path | str) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
+    """Read a fused model and its processor from a folder that training or export wrote.
+
+    Raises ValueError if the folder is not one, or if its weights and its config do not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"'{folder}' is no model folder: it has no config.json; give a run's model/ or an export"
+        )
+    model, info = MoeVisionForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
+    if wrong:
+        details = "; ".join(f"{kind.removesuffix('_keys')}: {keys[:4]}" for kind, keys in wrong.items())
+        raise ValueError(f"the weights in '{folder}' belong to another composition than its config.json ({details}): "
+                         "restore the folder, or train again")  # fmt: skip
+    return model.eval(), MoeVisionProcessor.from_pretrained(folder)

@@ -1,0 +1,104 @@
+"""The Hugging Face config of a fused model: plain values only, so that it reads and writes as `config.json`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from moe_vision.experts.base import ExpertConfig
+from moe_vision.fusion.base import AdapterConfig, MixerConfig
+from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, Registry
+from moe_vision.types import MapShape, TokenShape
+
+FORMAT_VERSION = 1
+
+
+def from_plain(registry: Registry, values: Mapping[str, Any]) -> Any:
+    """Make a registered config from plain values with a `type` key. Raises UnknownNameError, TypeError, ValueError."""
+    return registry[values["type"]](**{key: value for key, value in values.items() if key != "type"})
+
+
+class MoeVisionVisionConfig(PreTrainedConfig):
+    """Experts in their order, and the mixer and adapter of each branch, as plain dicts.
+
+    experts: list of {name, type, variant, …}; branches: {branch name: {mixer: {type, …}, adapter: {type, …}}}.
+    """
+
+    model_type = "moe_vision_tower"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        experts: list[dict[str, Any]] | None = None,
+        branches: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.experts = experts or []
+        self.branches = branches or {}
+        super().__init__(**kwargs)
+
+    def expert_configs(self) -> dict[str, ExpertConfig]:
+        """Expert configs by name, in order; weights come from the folder that this config lies in."""
+        configs = {}
+        for values in self.experts:
+            plain = {key: value for key, value in values.items() if key != "name"}
+            configs[values["name"]] = from_plain(EXPERTS, {**plain, "pretrained": None})
+        return configs
+
+    def map_shapes(self) -> dict[str, MapShape]:
+        """Every expert's map, by name."""
+        return {name: config.shape for name, config in self.expert_configs().items()}
+
+    def mixer(self, branch: str) -> MixerConfig:
+        return from_plain(MIXERS, self.branches[branch]["mixer"])
+
+    def adapter(self, branch: str) -> AdapterConfig:
+        return from_plain(ADAPTERS, self.branches[branch]["adapter"])
+
+    def mixed_shape(self, branch: str) -> TokenShape:
+        """Tokens of one view after the mixer of `branch`."""
+        return self.mixer(branch).shape(self.map_shapes())
+
+    def canvas_size(self) -> tuple[int, int]:
+        """Size (height, width) in pixels that holds every expert's input without enlarging a smaller one's view."""
+        sizes = [config.size for config in self.expert_configs().values()]
+        return (max(height for height, _ in sizes), max(width for _, width in sizes))
+
+
+class MoeVisionConfig(PreTrainedConfig):
+    """Config of `MoeVisionForConditionalGeneration`.
+
+    image_token_id: the placeholder that every visual token stands on; an id of the tokenizer's own vocabulary.
+    """
+
+    model_type = "moe_vision"
+    sub_configs = {"vision_config": MoeVisionVisionConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config: MoeVisionVisionConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        image_token_id: int = 0,
+        moe_vision_format: int = FORMAT_VERSION,
+        tie_word_embeddings: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if moe_vision_format > FORMAT_VERSION:
+            raise ValueError(
+                f"this folder has moe_vision_format {moe_vision_format}; this code reads up to {FORMAT_VERSION}: "
+                "upgrade moe-vision"
+            )
+        if isinstance(vision_config, dict):
+            vision_config = MoeVisionVisionConfig(
+                **{k: v for k, v in vision_config.items() if k != "model_type"}
+            )
+        if isinstance(text_config, dict):
+            values = {k: v for k, v in text_config.items() if k != "model_type"}
+            text_config = AutoConfig.for_model(text_config["model_type"], **values)
+        self.vision_config = vision_config if vision_config is not None else MoeVisionVisionConfig()
+        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
+        self.image_token_id = image_token_id
+        self.moe_vision_format = moe_vision_format
+        if tie_word_embeddings is None:
+            tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,0 +1,250 @@
+"""The fused model: experts → mixer → adapter → language model, as a transformers model.
+
+pixel_values [V, 3, H, W] ─ VisionTower ─ VisualTokens [V, N, C] ─ adapter ─ [V, N, D] ─┐
+input_ids [B, T] ─ embeddings [B, T, D] ─ every placeholder replaced by its visual token ┴─ language model ─ loss
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+
+from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
+from moe_vision.types import VisualTokens
+
+
+@dataclass
+class MoeVisionModelOutput(BaseModelOutputWithPast):
+    """last_hidden_state: [B, T, D]; image_hidden_states: the visual tokens [V * N, D], if there were images."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class MoeVisionCausalLMOutput(ModelOutput):
+    """loss: scalar; logits: [B, T, vocabulary]; the rest as the language model gives it."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class MoeVisionPreTrainedModel(PreTrainedModel):
+    config_class = MoeVisionConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoeVisionTower"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Experts and the language model draw their own weights when they are built; this runs again for the whole
+        # only on what `from_pretrained` did not find, and for buffers that no checkpoint holds.
+        super()._init_weights(module)
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+
+class MoeVisionTower(nn.Module):
+    """Every expert on every view, then the mixer of each branch."""
+
+    def __init__(self, config: MoeVisionVisionConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict(
+            {name: expert.build() for name, expert in config.expert_configs().items()}
+        )
+        maps = config.map_shapes()
+        self.mixers = nn.ModuleDict({branch: config.mixer(branch).build(maps) for branch in config.branches})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating parameter: quantised language models leave the tower's as it was."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def forward(self, pixel_values: torch.Tensor) -> VisualTokens:
+        """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]."""
+        views = pixel_values.to(self.dtype)
+        maps = {name: expert(views) for name, expert in self.experts.items()}
+        return self.mixers["overview"](maps)
+
+
+class MoeVisionModel(MoeVisionPreTrainedModel):
+    """Vision tower, adapters and language model, without the language modelling head."""
+
+    def __init__(self, config: MoeVisionConfig) -> None:
+        super().__init__(config)
+        vision, width = config.vision_config, config.text_config.hidden_size
+        self.vision_tower = MoeVisionTower(vision)
+        self.multi_modal_projector = nn.ModuleDict(
+            {
+                branch: vision.adapter(branch).build(vision.mixed_shape(branch), width)
+                for branch in vision.branches
+            }
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [N, D] per image."""
+        mixed = self.vision_tower(pixel_values)
+        tokens = self.multi_modal_projector["overview"](mixed)
+        output = BaseModelOutputWithPooling(last_hidden_state=mixed.data, pooler_output=list(tokens.data))
+        return output.to_tuple() if return_dict is False else output
+
+    def splice(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, visual_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Put visual tokens [count, D] on the placeholders of embeddings [B, T, D], in order.
+
+        Raises ValueError if there are not exactly as many placeholders as visual tokens.
+        """
+        if input_ids is None:
+            token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if not torch.compiler.is_compiling() and int(mask.sum()) != visual_tokens.shape[0]:
+            raise ValueError(
+                f"the text has {int(mask.sum())} image placeholders (token {self.config.image_token_id}), the images "
+                f"give {visual_tokens.shape[0]} visual tokens: make both with this model's processor, and do not "
+                "truncate through an image"
+            )
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens.to(inputs_embeds))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | MoeVisionModelOutput:
+        """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the images of the batch in order."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("give pixel_values or mm_encoder_outputs, not both")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is None and pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        visual_tokens = None
+        if encoded is not None:
+            visual_tokens = torch.cat(tuple(encoded.pooler_output), dim=0)
+            inputs_embeds = self.splice(input_ids, inputs_embeds, visual_tokens)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        result = MoeVisionModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=visual_tokens,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixin):
+    """The fused model with its language modelling head: trains with `labels`, generates with `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MoeVisionConfig) -> None:
+        super().__init__(config)
+        self.model = MoeVisionModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        """As `MoeVisionModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, return_dict=return_dict, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | MoeVisionCausalLMOutput:
+        """As `MoeVisionModel.forward`; labels [B, T] hold -100 where nothing is to be learnt."""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        result = MoeVisionCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result

@@ -1,0 +1,175 @@
+"""Pre-train each miniature expert from nothing, with an objective of its own kind.
+
+| expert     | objective on generated scenes                           | after                                |
+|------------|---------------------------------------------------------|--------------------------------------|
+| clip       | picture-caption contrast                                | CLIP (Radford et al., 2021)          |
+| convnext   | texture and kind of every cell                          | supervised ConvNeXt (Liu et al., 2022) |
+| pix2struct | digits and bars of every cell                           | screenshot parsing (Lee et al., 2023) |
+| eva02      | shape, colour and kind of every cell                    | detection (Fang et al., 2023)        |
+| sam        | foreground mask, and blob size of every cell            | segmentation (Kirillov et al., 2023) |
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from moe_vision.data.synthetic import Scene, make_scene, render, scene_seed
+from moe_vision.data.synthetic.scene import BARS, CELLS_PER_SIDE, COLOURS, MAX_BAR, MAX_BLOB, SHAPES, TEXTURES
+from moe_vision.experts import EXPERTS, Expert
+from moe_vision.recipes.symbols import KINDS, OFFSETS, scene_facts
+
+IGNORED = -100
+
+FIELDS: Mapping[str, tuple[int, int]] = {
+    "kind": (OFFSETS["kind"], len(KINDS)),
+    "shape": (OFFSETS["shape"], len(SHAPES)),
+    "colour": (OFFSETS["colour"], len(COLOURS)),
+    **{f"digit{place}": (OFFSETS["digit"] + 10 * place, 10) for place in range(3)},
+    **{f"bar{bar}": (OFFSETS["bar"] + (MAX_BAR + 1) * bar, MAX_BAR + 1) for bar in range(len(BARS))},
+    "texture": (OFFSETS["texture"], len(TEXTURES)),
+    "blob": (OFFSETS["blob"], MAX_BLOB + 1),
+}
+"""What can be asked of a cell: the first fact number of each field, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One expert's objective. fields: what its head reads in every cell; contrast and mask as their names say."""
+
+    fields: tuple[str, ...] = ()
+    contrast: bool = False
+    mask: bool = False
+    steps: int = 600
+    batch_size: int = 48
+    learning_rate: float = 1.5e-3
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "clip": Recipe(contrast=True, steps=800, batch_size=96),
+    "convnext": Recipe(fields=("kind", "texture", "shape"), steps=500, batch_size=32, learning_rate=2e-3),
+    "pix2struct": Recipe(fields=("kind", "digit0", "digit1", "digit2", "bar0", "bar1", "bar2"), steps=2500),
+    "eva02": Recipe(fields=("kind", "shape", "colour"), steps=1500),
+    "sam": Recipe(fields=("kind", "blob"), mask=True, steps=800),
+}
+
+
+class Pictures:
+    """Rendered scenes of one split in memory: pixels [S, 3, 128, 128] uint8 and facts [S, 16, MAX_FACTS]."""
+
+    def __init__(self, split: str, count: int, seed: int) -> None:
+        scenes: list[Scene] = [make_scene(scene_seed(split, index, seed)) for index in range(count)]
+        self.pixels = torch.stack([torch.from_numpy(np.array(render(scene))).permute(2, 0, 1) for scene in scenes])
+        self.facts = torch.stack([scene_facts(scene) for scene in scenes])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def views(self, rows: torch.Tensor) -> torch.Tensor:
+        """[V, 3, 128, 128] in [0, 1]."""
+        return self.pixels[rows].float() / 255
+
+    def field(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        """Class of a field in every cell [V, 16]; IGNORED where the cell has no such field."""
+        first, size = FIELDS[name]
+        facts = self.facts[rows]
+        inside = (facts >= first) & (facts < first + size)
+        return torch.where(inside.any(-1), (facts - first).where(inside, 0).sum(-1), IGNORED)
+
+
+def pooled_cells(data: torch.Tensor) -> torch.Tensor:
+    """Feature map [V, C, h, w] → one vector a cell [V, 16, 4 C] of its four quarters, or [V, 16, C] at 4 x 4."""
+    factor = data.shape[-1] // CELLS_PER_SIDE
+    return F.pixel_unshuffle(data, factor).flatten(2).transpose(1, 2)
+
+
+class Objective(nn.Module):
+    """Heads on one expert's map; thrown away after training."""
+
+    def __init__(self, recipe: Recipe, channels: int, cells_channels: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.trunk = nn.Sequential(nn.LayerNorm(cells_channels), nn.Linear(cells_channels, 128), nn.GELU())
+        self.heads = nn.ModuleDict({name: nn.Linear(128, FIELDS[name][1]) for name in recipe.fields})
+        if recipe.mask:
+            self.mask = nn.Conv2d(channels, 16, 1)
+        if recipe.contrast:
+            self.words = nn.EmbeddingBag(OFFSETS["total"], 64, mode="sum", padding_idx=0)
+            self.text = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+            self.image = nn.Linear(128, 64)
+            self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, data: torch.Tensor, pictures: Pictures, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss and metrics of a map [V, C, h, w] of the pictures `rows`."""
+        cells = self.trunk(pooled_cells(data))
+        losses, metrics = [], {}
+        for name, head in self.heads.items():
+            logits, target = head(cells).flatten(0, 1), pictures.field(rows, name).flatten()
+            losses.append(F.cross_entropy(logits, target, ignore_index=IGNORED))
+            wanted = target != IGNORED
+            metrics[name] = (logits.argmax(-1) == target)[wanted].float().mean().item()
+        if self.recipe.mask:
+            views = pictures.views(rows)
+            away = (views - views.amax(dim=(2, 3), keepdim=True)).abs().amax(1, keepdim=True)
+            target = F.avg_pool2d((away > 0.04).float(), 4).round()
+            logits = F.pixel_shuffle(self.mask(data), 4)
+            losses.append(F.binary_cross_entropy_with_logits(logits, target))
+            found = logits > 0
+            metrics["mask_iou"] = ((found & (target > 0)).sum() / (found | (target > 0)).sum().clamp(min=1)).item()
+        if self.recipe.contrast:
+            # Words of every cell with its place, as in a caption that names them all.
+            facts = pictures.facts[rows]
+            text = self.text(self.words(facts.flatten(0, 1)).unflatten(0, facts.shape[:2])) .mean(1)
+            image = self.image(cells).mean(1)
+            scores = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * self.temperature.exp()
+            target = torch.arange(len(rows))
+            losses.append((F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
+            metrics["recall_at_1"] = (scores.argmax(-1) == target).float().mean().item()
+        return torch.stack(losses).sum(), metrics
+
+
+def pretrain(name: str, output: Path, pictures: Pictures, held_out: Pictures, *, seed: int = 0) -> dict[str, Any]:
+    """Train expert `name`, write `output`/<name>.safetensors in fp16, and return its metrics on held-out pictures."""
+    torch.manual_seed(seed)
+    recipe = RECIPES[name]
+    expert: Expert = EXPERTS[name](variant="micro", pretrained=None).build()
+    channels = expert.config.channels
+    quarters = (expert.config.shape.grid[0] // CELLS_PER_SIDE) ** 2
+    objective = Objective(recipe, channels, channels * quarters)
+    parameters = [*expert.parameters(), *objective.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
+    )
+    generator = torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
+    for step in range(recipe.steps):
+        rows = torch.randint(len(pictures), (recipe.batch_size,), generator=generator)
+        loss, metrics = objective(expert(pictures.views(rows)).data, pictures, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == recipe.steps - 1:
+            shown = " ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+            print(f"{name} step {step} loss {loss.item():.3f} {shown} {time.perf_counter() - started:.0f} s", flush=True)
+    expert.eval(), objective.eval()
+    with torch.no_grad():
+        rows = torch.arange(len(held_out))
+        _, metrics = objective(expert(held_out.views(rows)).data, held_out, rows)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half() for key, value in expert.state_dict().items()}, output / f"{name}.safetensors")
+    return {
+        "seed": seed,
+        "steps": recipe.steps,
+        "parameters": sum(parameter.numel() for parameter in expert.parameters()),
+        "held_out": {key: round(value, 3) for key, value in metrics.items()},
+    }

@@ -237,9 +237,26 @@ def _problem(cls: type[BaseModel], values: Any, error: Any) -> Problem:
         return Problem(path, value, "has no `type` key", "say which one, as in `type: mlp`")
     if kind in ("missing", "missing_argument"):
         return Problem(path, None, "is missing", "add it")
-    message = error["msg"].removeprefix("Value error, ")
-    cause, _, cure = message.partition(": ")
+    if kind in CURES:
+        return Problem(path, value, error["msg"], CURES[kind])
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    cause, _, cure = message.partition("; " if kind == "value_error" and "; " in message else ": ")
     return Problem(path, value, cause, cure or "see `moe-vision schema` for what is valid here")
+
+
+CURES = {
+    "tuple_type": "write [height, width] in whole numbers, without a unit",
+    "int_parsing": "write a whole number, without a unit",
+    "int_type": "write a whole number, without a unit",
+    "int_from_float": "write a whole number",
+    "float_parsing": "write a number, without a unit",
+    "float_type": "write a number, without a unit",
+    "bool_parsing": "write true or false",
+    "string_type": "write text",
+    "dict_type": "write `key: value` lines",
+    "list_type": "write a list, as in [a, b]",
+}
+"""What to do about values of the wrong type, by pydantic's name of the fault."""
 
 
 def _locate(cls: type[BaseModel], values: Any, loc: Sequence[Any]) -> tuple[str, list[str]]:
@@ -247,9 +264,9 @@ def _locate(cls: type[BaseModel], values: Any, loc: Sequence[Any]) -> tuple[str,
     parts: list[str] = []
     fields: Any = cls
     names = list(cls.model_fields)
-    for i, key in enumerate(loc):
+    for key in loc:
         if isinstance(fields, Registered):  # this key is the tag
-            fields = fields.registry[key] if key in fields.registry else None
+            fields = fields.registry[key] if key in list(fields.registry) else None
             continue
         parts.append(str(key))
         names = _names(fields)

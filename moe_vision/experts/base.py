@@ -126,9 +126,11 @@ class Expert(nn.Module):
         """Bring views to this expert's own input size: bilinear with antialias, corners not aligned."""
         if tuple(views.shape[-2:]) == self.config.size:
             return views
-        return F.interpolate(
-            views, size=self.config.size, mode="bilinear", antialias=True, align_corners=False
+        # In fp32: the antialiased kernel has no half precision on the CPU.
+        resized = F.interpolate(
+            views.float(), size=self.config.size, mode="bilinear", antialias=True, align_corners=False
         )
+        return resized.to(views.dtype)
 
     def normalise(self, views: torch.Tensor) -> torch.Tensor:
         """Subtract this checkpoint's mean and divide by its standard deviation, per channel."""

@@ -95,6 +95,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
                 for branch in vision.branches
             }
         )
+        self.mixed_grid = vision.mixed_shape("overview").grid
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -105,12 +106,24 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor | None = None,
+        mixed_tokens: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [N, D] per image."""
-        mixed = self.vision_tower(pixel_values)
+        """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [N, D] per image.
+
+        mixed_tokens: [V, N, C], what the vision tower made of the views before, in their place.
+        """
+        if mixed_tokens is None:
+            assert pixel_values is not None
+            mixed = self.vision_tower(pixel_values)
+        else:
+            mixed = VisualTokens(mixed_tokens, self.mixed_grid)
         tokens = self.multi_modal_projector["overview"](mixed)
-        output = BaseModelOutputWithPooling(last_hidden_state=mixed.data, pooler_output=list(tokens.data))
+        output = BaseModelOutputWithPooling(last_hidden_state=mixed.data)
+        output["pooler_output"] = list(tokens.data)
         return output.to_tuple() if return_dict is False else output
 
     def splice(
@@ -142,19 +155,23 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mixed_tokens: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeVisionModelOutput:
-        """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the images of the batch in order."""
+        """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the images of the batch in order.
+
+        In place of pixel_values: mixed_tokens [V, N, C], as the vision tower gives them, or mm_encoder_outputs.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("give pixel_values or mm_encoder_outputs, not both")
+        if sum(given is not None for given in (pixel_values, mixed_tokens, mm_encoder_outputs)) > 1:
+            raise ValueError("give one of pixel_values, mixed_tokens and mm_encoder_outputs")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+        encoded: Any = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None or mixed_tokens is not None:
+            encoded = self.get_image_features(pixel_values, mixed_tokens, return_dict=True)
         visual_tokens = None
         if encoded is not None:
             visual_tokens = torch.cat(tuple(encoded.pooler_output), dim=0)
@@ -201,11 +218,9 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
-    ) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
         """As `MoeVisionModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, return_dict=return_dict, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
 
     def forward(
         self,
@@ -218,6 +233,7 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mixed_tokens: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeVisionCausalLMOutput:
@@ -230,6 +246,7 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            mixed_tokens=mixed_tokens,
             return_dict=True,
             **kwargs,
         )

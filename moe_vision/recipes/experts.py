@@ -53,11 +53,11 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "clip": Recipe(contrast=True, steps=800, batch_size=96),
-    "convnext": Recipe(fields=("kind", "texture", "shape"), steps=500, batch_size=32, learning_rate=2e-3),
-    "pix2struct": Recipe(fields=("kind", "digit0", "digit1", "digit2", "bar0", "bar1", "bar2"), steps=2500),
-    "eva02": Recipe(fields=("kind", "shape", "colour"), steps=1500),
-    "sam": Recipe(fields=("kind", "blob"), mask=True, steps=800),
+    "clip": Recipe(contrast=True, steps=500, batch_size=96),
+    "convnext": Recipe(fields=("kind", "texture", "shape"), steps=400, batch_size=32, learning_rate=2e-3),
+    "pix2struct": Recipe(fields=("kind", "digit0", "digit1", "digit2", "bar0", "bar1", "bar2"), steps=1000),
+    "eva02": Recipe(fields=("kind", "shape", "colour"), steps=500),
+    "sam": Recipe(fields=("kind", "blob"), mask=True, steps=400),
 }
 
 
@@ -106,7 +106,9 @@ class Objective(nn.Module):
             self.image = nn.Linear(128, 64)
             self.temperature = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, data: torch.Tensor, pictures: Pictures, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(
+        self, data: torch.Tensor, pictures: Pictures, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss and metrics of a map [V, C, h, w] of the pictures `rows`."""
         cells = self.trunk(pooled_cells(data))
         losses, metrics = [], {}
@@ -135,10 +137,13 @@ class Objective(nn.Module):
         return torch.stack(losses).sum(), metrics
 
 
-def pretrain(name: str, output: Path, pictures: Pictures, held_out: Pictures, *, seed: int = 0) -> dict[str, Any]:
+def pretrain(
+    name: str, output: Path, pictures: Pictures, held_out: Pictures, *, seed: int = 0, steps: int | None = None
+) -> dict[str, Any]:
     """Train expert `name`, write `output`/<name>.safetensors in fp16, and return its metrics on held-out pictures."""
     torch.manual_seed(seed)
     recipe = RECIPES[name]
+    steps = steps or recipe.steps
     expert: Expert = EXPERTS[name](variant="micro", pretrained=None).build()
     channels = expert.config.channels
     quarters = (expert.config.shape.grid[0] // CELLS_PER_SIDE) ** 2
@@ -146,11 +151,11 @@ def pretrain(name: str, output: Path, pictures: Pictures, held_out: Pictures, *,
     parameters = [*expert.parameters(), *objective.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
+        optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.1
     )
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
-    for step in range(recipe.steps):
+    for step in range(steps):
         rows = torch.randint(len(pictures), (recipe.batch_size,), generator=generator)
         loss, metrics = objective(expert(pictures.views(rows)).data, pictures, rows)
         optimizer.zero_grad()
@@ -158,9 +163,10 @@ def pretrain(name: str, output: Path, pictures: Pictures, held_out: Pictures, *,
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == recipe.steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             shown = " ".join(f"{key} {value:.2f}" for key, value in metrics.items())
-            print(f"{name} step {step} loss {loss.item():.3f} {shown} {time.perf_counter() - started:.0f} s", flush=True)
+            elapsed = time.perf_counter() - started
+            print(f"{name} step {step} loss {loss.item():.3f} {shown} {elapsed:.0f} s", flush=True)
     expert.eval(), objective.eval()
     with torch.no_grad():
         rows = torch.arange(len(held_out))
@@ -169,7 +175,7 @@ def pretrain(name: str, output: Path, pictures: Pictures, held_out: Pictures, *,
     save_file({key: value.half() for key, value in expert.state_dict().items()}, output / f"{name}.safetensors")
     return {
         "seed": seed,
-        "steps": recipe.steps,
+        "steps": steps,
         "parameters": sum(parameter.numel() for parameter in expert.parameters()),
         "held_out": {key: round(value, 3) for key, value in metrics.items()},
     }

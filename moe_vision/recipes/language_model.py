@@ -19,10 +19,12 @@ from moe_vision.recipes.symbols import FactTable, scene_facts
 from moe_vision.recipes.tokenizer import build_tokenizer
 
 WORDS = (
-    *COLOURS, *SHAPES, *TEXTURES, *BARS, *"abcd", *"read label how many shapes colour of where is beside over left right "
-    "above below value bar bars which texture size blob describe empty".split(),
+    *COLOURS, *SHAPES, *TEXTURES, *BARS, "a", "b", "c", "d",
+    "read", "label", "how", "many", "shapes", "colour", "of", "where", "is", "beside", "over", "left", "right",
+    "above", "below", "value", "bar", "bars", "which", "texture", "size", "blob", "describe", "empty",
 )  # fmt: skip
 CELLS = 16
+STEPS = 3000
 IGNORED = -100
 
 
@@ -32,7 +34,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> 
     for i, (question, answer) in enumerate(pairs):
         marker = "<image>" * CELLS if i == 0 else ""
         messages += [{"role": "user", "content": marker + question}, {"role": "assistant", "content": answer}]
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     return ids, [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]
 
@@ -63,7 +65,9 @@ def logits_of(
     return model(inputs_embeds=embedded.masked_scatter(mask, prefix.to(embedded.dtype))).logits
 
 
-def pretrain(output: Path, *, steps: int = 3000, batch_size: int = 48, seed: int = 0, log_every: int = 100) -> dict[str, Any]:
+def pretrain(
+    output: Path, *, steps: int = STEPS, batch_size: int = 48, seed: int = 0, log_every: int = 100
+) -> dict[str, Any]:
     """Train, save as a Hugging Face folder in fp16 with its tokenizer, and return the metrics."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -74,13 +78,14 @@ def pretrain(output: Path, *, steps: int = 3000, batch_size: int = 48, seed: int
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model, table = LlamaForCausalLM(config), FactTable(config.hidden_size)
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    image_token_id: Any = tokenizer.convert_tokens_to_ids("<image>")
     parameters = [*model.parameters(), *table.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     started = time.perf_counter()
     for step in range(steps):
-        scenes = [make_scene(scene_seed("train", rng.randrange(100_000), 10 + rng.randrange(10))) for _ in range(batch_size)]
+        seeds = [scene_seed("train", rng.randrange(100_000), 10 + rng.randrange(10)) for _ in range(batch_size)]
+        scenes = [make_scene(number) for number in seeds]
         ids, labels = batch([encode(tokenizer, conversation(s, rng)) for s in scenes], tokenizer.pad_token_id)
         prefix = table(torch.stack([scene_facts(scene) for scene in scenes]))
         # A projector is never exact: practise on cell vectors that are off a little.
@@ -93,7 +98,8 @@ def pretrain(output: Path, *, steps: int = 3000, batch_size: int = 48, seed: int
         schedule.step()
         optimizer.zero_grad()
         if step % log_every == 0 or step == steps - 1:
-            print(f"language_model step {step} loss {loss.item():.3f} {time.perf_counter() - started:.0f} s", flush=True)
+            elapsed = time.perf_counter() - started
+            print(f"language_model step {step} loss {loss.item():.3f} {elapsed:.0f} s", flush=True)
         if step % 1000 == 999:
             print(accuracy(model, table, tokenizer, num_scenes=100), flush=True)
     metrics = accuracy(model, table, tokenizer, num_scenes=300)
@@ -109,7 +115,7 @@ def accuracy(
 ) -> dict[str, float]:
     """Share of answers of the validation scenes, all tokens right, per task, on symbols."""
     model.eval()
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    image_token_id: Any = tokenizer.convert_tokens_to_ids("<image>")
     scenes = [make_scene(scene_seed("val", index, 10)) for index in range(num_scenes)]
     facts = torch.stack([scene_facts(scene) for scene in scenes])
     asked = [questions(scene) for scene in scenes]

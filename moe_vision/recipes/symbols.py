@@ -7,7 +7,20 @@ import torch
 from torch import nn
 
 from moe_vision.data.synthetic.scene import (
-    BARS, CELLS_PER_SIDE, COLOURS, MAX_BAR, MAX_BLOB, SHAPES, TEXTURES, Blob, Chart, Item, Label, Scene, Shape, Texture,
+    BARS,
+    CELLS_PER_SIDE,
+    COLOURS,
+    MAX_BAR,
+    MAX_BLOB,
+    SHAPES,
+    TEXTURES,
+    Blob,
+    Chart,
+    Item,
+    Label,
+    Scene,
+    Shape,
+    Texture,
 )  # fmt: skip
 
 KINDS = (type(None), Shape, Label, Chart, Texture, Blob)

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
   {%- else -%}
     {{- '<|user|>' -}}
     {%- if message['content'] is string -%}
-      {{- message['content'] -}}
+      {{- message['content'] | replace('<image>\\n', '<image>') -}}
     {%- else -%}
       {%- for part in message['content'] -%}
         {%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}

@@ -5,4 +5,6 @@ from moe_vision.data.synthetic.render import render
 from moe_vision.data.synthetic.scene import Scene, make_scene, scene_seed
 from moe_vision.data.synthetic.write import write_split
 
-__all__ = ["TASKS", "QuestionAnswer", "Scene", "caption", "make_scene", "questions", "render", "scene_seed", "write_split"]
+__all__ = [
+    "TASKS", "QuestionAnswer", "Scene", "caption", "make_scene", "questions", "render", "scene_seed", "write_split",
+]  # fmt: skip

@@ -4,7 +4,16 @@ import random
 from dataclasses import dataclass
 
 from moe_vision.data.synthetic.scene import (
-    BARS, CELLS_PER_SIDE, Blob, Chart, Item, Label, Scene, Shape, Texture, cell_name,
+    BARS,
+    CELLS_PER_SIDE,
+    Blob,
+    Chart,
+    Item,
+    Label,
+    Scene,
+    Shape,
+    Texture,
+    cell_name,
 )  # fmt: skip
 
 TASKS = ("ocr", "count", "colour", "where", "relation", "chart", "texture", "area")
@@ -21,7 +30,7 @@ class QuestionAnswer:
 
 
 def questions(scene: Scene, rng: random.Random | None = None) -> list[QuestionAnswer]:
-    """One question per task, in the order of `TASKS`; what they ask about is drawn from `rng` (the scene's by default)."""
+    """One question per task, in the order of `TASKS`; `rng`, the scene's own by default, draws what they ask about."""
     rng = rng or random.Random(scene.seed + 1)
     cells = list(scene.shapes)
     cell, other = rng.sample(cells, 2)

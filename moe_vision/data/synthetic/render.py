@@ -6,7 +6,17 @@ import random
 from PIL import Image, ImageDraw, ImageFont
 
 from moe_vision.data.synthetic.scene import (
-    BARS, CELL_PX, IMAGE_PX, MAX_BAR, Blob, Chart, Item, Label, Scene, Shape, Texture,
+    BARS,
+    CELL_PX,
+    IMAGE_PX,
+    MAX_BAR,
+    Blob,
+    Chart,
+    Item,
+    Label,
+    Scene,
+    Shape,
+    Texture,
 )  # fmt: skip
 
 RGB = {
@@ -35,9 +45,10 @@ def draw_item(draw: ImageDraw.ImageDraw, item: Item, *, left: int, top: int, gre
             centre = (left + 16 + rng.randint(-2, 2), top + 16 + rng.randint(-2, 2))
             draw_shape(draw, item.shape, centre, radius, jitter(RGB[item.colour], rng))
         case Label():
-            # One font, one size, one place: small print that has to be read, not found.
+            # One font and one size, a little moved: small print that has to be read, not found.
             font = ImageFont.load_default(size=FONT_PX)
-            draw.text((left + 4, top + 8), item.digits, fill=(20, 20, 20), font=font)
+            corner = (left + 2 + rng.randint(0, 3), top + 6 + rng.randint(0, 3))
+            draw.text(corner, item.digits, fill=(20, 20, 20), font=font)
         case Chart():
             for i, value in enumerate(item.values):
                 x, height = left + 4 + 9 * i, round(value * 26 / MAX_BAR)

@@ -84,7 +84,9 @@ def scene_seed(split: str, index: int, seed: int = 0) -> int:
     """Seed of scene `index` of a split. Raises KeyError for an unknown split, ValueError beyond the split's range."""
     number = seed * 100_000 + index
     if not 0 <= number < SEEDS_PER_SPLIT:
-        raise ValueError(f"scene {index} with seed {seed} of split '{split}': seed must be 0..99 and index below 100,000")
+        raise ValueError(
+            f"scene {index} with seed {seed} of split '{split}': seed must be 0..99 and index below 100,000"
+        )
     return SPLITS[split] * SEEDS_PER_SPLIT + number
 
 

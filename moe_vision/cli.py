@@ -1,0 +1,267 @@
+"""The command line: `moe-vision COMMAND --help` teaches each step.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Mixtures of vision experts in multimodal language models.\n\n"
+    "Start with [bold]moe-vision quickstart[/bold], then [bold]show[/bold] a config, [bold]train[/bold] it, "
+    "[bold]eval[/bold]uate it, [bold]generate[/bold] answers, [bold]export[/bold] it.",
+)
+micro_app = typer.Typer(no_args_is_help=True, help="The miniature experts and language model that ship with the package.")
+app.add_typer(micro_app, name="micro")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE ...", help="Overrides, as [bold]experts.clip.layer=-2[/bold]; "
+                   "[bold]experts.sam=null[/bold] takes an expert out."),
+]  # fmt: skip
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        import moe_vision
+
+        print(moe_vision.__version__)
+        raise typer.Exit
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of pictures and training.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the whole path on the embedded miniature: pictures, training, evaluation, questions, export, report."""
+    from moe_vision.quickstart import quickstart as run
+
+    run(output, seed=seed, overwrite=overwrite, console=Console())
+
+
+@app.command()
+def show(
+    config: Annotated[Path, typer.Argument(help="A model config or a train config, in YAML.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a config builds and costs: experts, grids, tokens, parameters, FLOPs, what each stage trains."""
+    from moe_vision.viz.tables import cost_table, stages_table, summary
+
+    console = Console()
+    if is_train_config(config):
+        from moe_vision.training.runner import load_train_config
+
+        train_config = load_train_config(config, overrides or [])
+        if as_json:
+            print_json(train_config.model_dump(mode="json"))
+        else:
+            console.print(stages_table(train_config))
+        return
+    from moe_vision.config import load_config
+    from moe_vision.modeling.cost import cost
+    from moe_vision.modeling.model_config import ModelConfig
+
+    model_config = load_config(ModelConfig, config, overrides or [])
+    costs = cost(model_config)
+    if as_json:
+        print_json({"config": model_config.to_plain(), "cost": costs.to_dict()})
+    else:
+        console.print(cost_table(costs))
+        console.print(summary(costs), highlight=False)
+
+
+def is_train_config(path: Path) -> bool:
+    """Whether a YAML file, with its bases, has stages."""
+    from moe_vision.config import read_yaml
+
+    return "stages" in read_yaml(path)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A train config, in YAML.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; the same call resumes it.")] = Path("run"),
+    data: Annotated[Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths of --data start from.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a schedule, stage by stage. Run it again after a crash and it goes on where it stood."""
+    from moe_vision.training.runner import load_train_config
+    from moe_vision.training.runner import train as run
+
+    train_config = load_train_config(config, overrides or [])
+    if data is not None:
+        from moe_vision.training.schedule import DataConfig
+
+        new = DataConfig(path=str(data.resolve()), image_root=None if image_root is None else str(image_root.resolve()))
+        stages = [stage.model_copy(update={"data": new}) for stage in train_config.stages]
+        train_config = train_config.model_copy(update={"stages": stages})
+    folder = run(train_config, output, overwrite=overwrite, console=Console())
+    print(f"model: {folder}")
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
+    data: Annotated[Path, typer.Argument(help="LLaVA-format JSON or JSONL; `task` groups the scores.")],
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths start from.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 16,
+    predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every question of a file and print the share of exact matches, per task."""
+    from moe_vision.data.records import load_records
+    from moe_vision.evaluation import evaluate
+    from moe_vision.modeling.compose import load
+    from moe_vision.viz.tables import accuracy_table
+
+    records = load_records(data, image_root)
+    report = evaluate(*load(model_folder(model)), records, batch_size, max_new_tokens)
+    if predictions is not None:
+        predictions.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+    if as_json:
+        print_json({"average": report.average, "by_task": report.by_task, "count": report.count})
+    else:
+        Console().print(accuracy_table({model.name: report.by_task}))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; give it again for more.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question about pictures on disk."""
+    from moe_vision.data.records import load_image
+    from moe_vision.evaluation import answer
+    from moe_vision.modeling.compose import load
+
+    images = image or []
+    for path in images:
+        load_image(path)
+    text = answer(*load(model_folder(model)), question, images, max_new_tokens)
+    if as_json:
+        print_json({"question": question, "images": [str(path) for path in images], "answer": text})
+    else:
+        print(text)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's output or its model/ folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the saved one by default.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a Hugging Face folder that loads without this package, and prove it in a second process."""
+    from moe_vision.export import export as run
+
+    report = run(model_folder(source), output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report.summary())
+
+
+def model_folder(path: Path) -> Path:
+    """The model folder of a run's output, or the folder itself."""
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+@app.command()
+def schema(
+    kind: Annotated[str, typer.Argument(help="model or train")] = "model",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of printing.")] = None,
+) -> None:
+    """Print the JSON Schema that editors complete and check config files with."""
+    from moe_vision.modeling.model_config import ModelConfig
+    from moe_vision.registry import suggest
+    from moe_vision.training.schedule import TrainConfig
+
+    kinds = {"model": ModelConfig, "train": TrainConfig}
+    if kind not in kinds:
+        raise ValueError(f"schema of '{kind}': {suggest(kind, list(kinds))}")
+    text = json.dumps(kinds[kind].model_json_schema(), indent=2)
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+@micro_app.command("rebuild")
+def rebuild(
+    expert: Annotated[list[str] | None, typer.Option(help="Only this part; give it again for more.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; the package's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every recipe.")] = 0,
+) -> None:
+    """Train the miniature experts and language model from nothing, as they were made for this package."""
+    from moe_vision.recipes.rebuild import rebuild as run
+
+    print_json(run(expert, output, seed=seed))
+
+
+@micro_app.command("list")
+def list_micro(as_json: AsJson = False) -> None:
+    """Print what ships: files, parameters, the seed and metrics of their recipes."""
+    from moe_vision.experts.weights import packaged
+    from moe_vision.viz.tables import micro_table
+
+    manifest = json.loads((packaged("micro") / "manifest.json").read_text(encoding="utf-8"))
+    if as_json:
+        print_json(manifest)
+    else:
+        Console().print(micro_table(manifest))
+
+
+def main() -> None:
+    """Run the command line; a fault of the user's input ends with its message and exit code 2, without a traceback."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except (ValueError, KeyError, OSError) as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Conversations → token ids and labels, by the tokenizer's own chat template; only answers are learnt."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe_vision.data.records import IMAGE_MARKER, Record, Turn
+from moe_vision.modeling import MoeVisionProcessor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids with every image's placeholders, and labels: the id in answers, -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def message(turn: Turn) -> dict[str, Any]:
+    """A turn as a chat message; image markers become image parts, and the newline behind a marker goes with it."""
+    if IMAGE_MARKER not in turn.text:
+        return {"role": turn.role, "content": turn.text}
+    parts: list[dict[str, str]] = []
+    for i, text in enumerate(turn.text.split(IMAGE_MARKER)):
+        if i:
+            parts.append({"type": "image"})
+            text = text.removeprefix("\n")
+        if text:
+            parts.append({"type": "text", "text": text})
+    return {"role": turn.role, "content": parts}
+
+
+def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
+    """Tokenise a record; an answer's label runs from its first token to the end token of its turn.
+
+    Raises ValueError if the chat template does not print a conversation as the beginning of a longer one.
+    """
+    tokenizer = processor.tokenizer
+    messages = [message(turn) for turn in record.turns]
+    text = render(processor, messages)
+    spans = []
+    for i, turn in enumerate(record.turns):
+        if turn.role == "assistant":
+            start = render(processor, messages[:i], generation=True)
+            end = text if i == len(messages) - 1 else render(processor, messages[: i + 1])
+            if not (text.startswith(start) and text.startswith(end)):
+                raise ValueError(f"record {record.id!r}: the chat template rewrites earlier turns, so answers cannot be "
+                                 "told from questions; use a template that only appends")  # fmt: skip
+            spans.append((len(start), len(end)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = []
+    labels: list[int] = []
+    for token, (start_at, end_at) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token == processor.image_token_id:
+            ids += [token] * processor.num_image_tokens
+            labels += [IGNORED] * processor.num_image_tokens
+        else:
+            ids.append(token)
+            learnt = any(start <= start_at and end_at <= end for start, end in spans)
+            labels.append(token if learnt else IGNORED)
+    return Tokenised(ids, labels)
+
+
+def render(processor: MoeVisionProcessor, messages: list[dict[str, Any]], generation: bool = False) -> str:
+    """Text of a conversation by the processor's chat template; `generation` opens the next answer."""
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if template is None:
+        raise ValueError("the tokenizer has no chat template: choose a chat model, or set tokenizer.chat_template")
+    return processor.tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+    )

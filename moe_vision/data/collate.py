@@ -1,0 +1,68 @@
+"""Records → batches: pictures decode in `__getitem__`, so that workers can do it; text is tokenised once, up front."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from moe_vision.data.chat import IGNORED, Tokenised, tokenise
+from moe_vision.data.records import Record, load_image
+from moe_vision.modeling import MoeVisionProcessor
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Tokenised records with their views [images, 3, H, W].
+
+    features: mixed tokens [images, N, C] of every distinct picture by its path, where the vision tower is frozen and
+    was run before; pictures are not decoded then.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], processor: MoeVisionProcessor, features: dict[Any, torch.Tensor] | None = None
+    ) -> None:
+        self.records = list(records)
+        self.processor = processor
+        self.features = features
+        self.texts: list[Tokenised] = [tokenise(record, processor) for record in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record, text = self.records[index], self.texts[index]
+        item: dict[str, Any] = {"input_ids": text.input_ids, "labels": text.labels}
+        if record.images and self.features is not None:
+            item["mixed_tokens"] = torch.stack([self.features[path] for path in record.images])
+        elif record.images:
+            item["pixel_values"] = views_of(record, self.processor)
+        return item
+
+
+def views_of(record: Record, processor: MoeVisionProcessor) -> torch.Tensor:
+    """Views [images, 3, H, W] in [0, 1] of a record's pictures."""
+    pictures = [load_image(path) for path in record.images]
+    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
+class Collator:
+    """Pads a list of items on the right: input_ids, attention_mask, labels [B, T]; views or mixed tokens joined."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(item["input_ids"]) for item in items)
+        ids = torch.full((len(items), length), self.pad_token_id)
+        labels = torch.full((len(items), length), IGNORED)
+        mask = torch.zeros(len(items), length, dtype=torch.long)
+        for row, item in enumerate(items):
+            size = len(item["input_ids"])
+            ids[row, :size] = torch.tensor(item["input_ids"])
+            labels[row, :size] = torch.tensor(item["labels"])
+            mask[row, :size] = 1
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        for key in ("pixel_values", "mixed_tokens"):
+            if parts := [item[key] for item in items if key in item]:
+                batch[key] = torch.cat(parts)
+        return batch

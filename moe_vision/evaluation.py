@@ -1,0 +1,125 @@
+"""Ask a model, and score its answers by exact match."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from moe_vision.data.chat import message, render
+from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
+from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer and what it should have been."""
+
+    id: str
+    task: str
+    answer: str
+    prediction: str
+
+    @property
+    def right(self) -> bool:
+        return self.answer.strip() == self.prediction.strip()
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Exact match by task, its plain average over tasks, and every prediction."""
+
+    by_task: dict[str, float]
+    average: float
+    count: int
+    predictions: list[Prediction]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: MoeVisionForConditionalGeneration,
+    processor: MoeVisionProcessor,
+    records: Sequence[Record],
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+) -> EvalReport:
+    """Answer the last question of every record, greedily, in left-padded batches, and score by exact match.
+
+    Raises ValueError if there is no record.
+    """
+    if not records:
+        raise ValueError("there is no record to evaluate: give at least one")
+    model.eval()
+    predictions = []
+    for start in range(0, len(records), batch_size):
+        chunk = records[start : start + batch_size]
+        answers = generate(model, processor, [(r.turns[:-1], r.images) for r in chunk], max_new_tokens)
+        for record, answer_ in zip(chunk, answers, strict=True):
+            predictions.append(Prediction(record.id, record.task, record.turns[-1].text, answer_))
+    grouped: dict[str, list[bool]] = defaultdict(list)
+    for prediction in predictions:
+        grouped[prediction.task].append(prediction.right)
+    by_task = {task: sum(right) / len(right) for task, right in grouped.items()}
+    return EvalReport(by_task, sum(by_task.values()) / len(by_task), len(predictions), predictions)
+
+
+def generate(
+    model: MoeVisionForConditionalGeneration,
+    processor: MoeVisionProcessor,
+    prompts: Sequence[tuple[Sequence[Turn], Sequence[Path]]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to conversations with their pictures. Each distinct picture of the batch is encoded once."""
+    texts = [render(processor, [message(turn) for turn in turns], generation=True) for turns, _ in prompts]
+    paths = [path for _, images in prompts for path in images]
+    placeholders = processor.image_token * processor.num_image_tokens
+    inputs = processor.tokenizer(
+        [text.replace(processor.image_token, placeholders) for text in texts],
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_token_type_ids=False,
+        return_tensors="pt",
+    ).to(model.device)
+    encoded = {"mm_encoder_outputs": {"image": encode(model, processor, paths)}} if paths else {}
+    output = model.generate(**inputs, **encoded, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def encode(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path]
+) -> BaseModelOutputWithPooling:
+    """Visual tokens [N, D] for every path in order, as `pooler_output`; a path that comes again is not encoded again."""
+    distinct = list(dict.fromkeys(paths))
+    views = processor.image_processor([load_image(path) for path in distinct], return_tensors="pt")["pixel_values"]
+    encoded = model.get_image_features(views.to(model.device), return_dict=True)
+    by_path = dict(zip(distinct, encoded.pooler_output, strict=True))
+    output = BaseModelOutputWithPooling()
+    output["pooler_output"] = [by_path[path] for path in paths]
+    return output
+
+
+@torch.inference_mode()
+def answer(
+    model: MoeVisionForConditionalGeneration,
+    processor: MoeVisionProcessor,
+    question: str,
+    images: Sequence[Path] = (),
+    max_new_tokens: int = 64,
+) -> str:
+    """Answer one question about pictures on disk; markers are put before a question that has none.
+
+    Raises ValueError if the question has markers, but not one for each picture.
+    """
+    markers = question.count(IMAGE_MARKER)
+    if markers == 0:
+        question = IMAGE_MARKER * len(images) + question
+    elif markers != len(images):
+        raise ValueError(f"the question has {markers} {IMAGE_MARKER} markers for {len(images)} images: give one for each")
+    return generate(model, processor, [([Turn("user", question)], images)], max_new_tokens)[0].strip()

@@ -1,0 +1,233 @@
+"""An exported folder: weights, one file of code, processor, tokenizer, card; proven before it appears."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from moe_vision.export import selftest
+from moe_vision.export.card import model_card
+from moe_vision.export.flatten import MODULE_NAME, flatten
+from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.modeling.compose import load
+from moe_vision.registry import suggest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit: code and weights are the same, only the order of threaded sums may differ."""
+
+AUTO_MAP = {
+    "AutoConfig": f"{MODULE_NAME}.MoeVisionConfig",
+    "AutoModel": f"{MODULE_NAME}.MoeVisionModel",
+    "AutoModelForImageTextToText": f"{MODULE_NAME}.MoeVisionForConditionalGeneration",
+    "AutoModelForMultimodalLM": f"{MODULE_NAME}.MoeVisionForConditionalGeneration",
+    "AutoProcessor": f"{MODULE_NAME}.MoeVisionProcessor",
+    "AutoImageProcessor": f"{MODULE_NAME}.MoeVisionImageProcessor",
+}
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+class ExportError(RuntimeError):
+    """An export that was refused or that failed its self-test; nothing was left at the destination."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what the self-test saw."""
+
+    destination: str
+    files: tuple[str, ...]
+    bytes: int
+    dtype: str
+    max_difference: float
+    new_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "files": list(self.files)}
+
+    def summary(self) -> str:
+        return (
+            f"exported to {self.destination}: {len(self.files)} files, {self.bytes / 1e6:.1f} MB, "
+            f"{self.dtype}\nself-test without moe_vision: loaded, logits within {self.max_difference:.3g} of the "
+            f"source model, generated {self.new_tokens} tokens"
+        )
+
+
+def export(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    metrics: Mapping[str, Any] | None = None,
+    plugins: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a folder that `transformers` loads without moe_vision, and prove it in a second process.
+
+    source: a folder that `save_pretrained` of model and processor wrote, or a run's output with it in `model/`.
+    dtype: float32, bfloat16 or float16; the saved one by default. metrics: results for the card.
+    Raises ExportError where the destination is taken or the self-test fails, ValueError where the source or an
+    option is wrong.
+    """
+    source, destination = Path(source), Path(destination)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype '{dtype}': {suggest(dtype, list(DTYPES))}")
+    if (source / "model" / "config.json").is_file():
+        source = source / "model"
+    check_destination(source, destination, overwrite)
+    model, processor = load(source)
+    if dtype is not None:
+        model = model.to(DTYPES[dtype])
+    code = flatten(model.config, plugins)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process that was killed and had the same id
+    try:
+        partial.mkdir()
+        write_folder(partial, model, processor, code, max_shard_size, metrics)
+        result = run_selftest(partial, model, processor)
+        put_in_place(partial, destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    files = tuple(sorted(str(p.relative_to(destination)) for p in destination.rglob("*") if p.is_file()))
+    return ExportReport(
+        destination=str(destination),
+        files=files,
+        bytes=sum((destination / name).stat().st_size for name in files),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_difference=result["max_difference"],
+        new_tokens=result["new_tokens"],
+    )
+
+
+def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Raise ExportError where writing to `destination` would lose something."""
+    here, there = source.resolve(), destination.resolve()
+    if here == there or there in here.parents:
+        raise ExportError(
+            f"the destination '{destination}' holds the source '{source}': choose another folder"
+        )
+    if destination.exists() and not destination.is_dir():
+        raise ExportError(f"the destination '{destination}' is a file: choose another name")
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not overwrite:
+        raise ExportError(
+            f"the destination '{destination}' is not empty: choose another folder, or overwrite it"
+        )
+    if not (destination / "config.json").is_file():
+        raise ExportError(
+            f"the destination '{destination}' is no model folder and will not be overwritten: choose another"
+        )
+
+
+def write_folder(
+    folder: Path,
+    model: MoeVisionForConditionalGeneration,
+    processor: MoeVisionProcessor,
+    code: str,
+    max_shard_size: str,
+    metrics: Mapping[str, Any] | None,
+) -> None:
+    """Write everything that the folder holds."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.save_pretrained(folder)
+    (folder / f"{MODULE_NAME}.py").write_text(code, encoding="utf-8")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "auto_map": AUTO_MAP})
+    values = read_json(folder / "processor_config.json")
+    parts = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
+    image_values = {**values["image_processor"], "auto_map": parts}
+    write_json(
+        folder / "processor_config.json", {**values, "auto_map": parts, "image_processor": image_values}
+    )
+    (folder / "README.md").write_text(model_card(model, processor, metrics), encoding="utf-8")
+    pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
+    if pickles:
+        raise ExportError(f"the folder would hold pickles, {pickles}: an export has safetensors only")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def run_selftest(
+    folder: Path, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor
+) -> dict[str, Any]:
+    """Load and run the folder offline in a process without moe_vision. Raises ExportError with its output."""
+    with tempfile.TemporaryDirectory(prefix="moe-vision-selftest-") as name:
+        workplace = Path(name)
+        write_fixture(workplace, model, processor)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {
+            "HF_HOME": str(workplace / "home"),
+            "HF_MODULES_CACHE": str(workplace / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            # On the CPU as the expected logits are: another device sums in another order.
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        child = subprocess.run(
+            [sys.executable, str(Path(selftest.__file__).resolve()), str(folder.resolve()), name],
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    if child.returncode:
+        output = (child.stdout + child.stderr).strip()[-4000:]
+        raise ExportError(f"the exported folder failed its self-test, and was removed:\n{output}")
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def write_fixture(
+    folder: Path, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor
+) -> None:
+    """Write one picture, one question and what the source model makes of them."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "image.png")
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    else:
+        text = f"{processor.image_token} What is this?"
+    inputs = processor(images=Image.open(folder / "image.png"), text=text, return_tensors="pt")
+    expected = {name: inputs[name].contiguous() for name in ("input_ids", "pixel_values")}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.inference_mode():
+        logits = model(**inputs).logits.float()
+    save_file({**expected, "logits": logits.contiguous()}, folder / "expected.safetensors")
+    write_json(folder / "fixture.json", {"text": text, "atol": TOLERANCES[model.dtype]})
+
+
+def put_in_place(partial: Path, destination: Path) -> None:
+    """Rename a finished folder to its place; an older one there moves aside first and is removed last."""
+    if not destination.exists():
+        partial.rename(destination)
+        return
+    aside = destination.parent / f".{destination.name}.replaced-{os.getpid()}"
+    destination.rename(aside)
+    try:
+        partial.rename(destination)
+    except OSError:
+        aside.rename(destination)
+        raise
+    shutil.rmtree(aside)

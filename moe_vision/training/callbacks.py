@@ -1,0 +1,84 @@
+"""What a user sees of a schedule while it runs: a live bar in a terminal, plain lines without one, metrics as JSONL."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ScheduleProgress(TrainerCallback):
+    """One bar for each run; without a terminal, a line at every tenth of a run."""
+
+    def __init__(self, console: Console, run: str, position: str) -> None:
+        self.console, self.run, self.position = console, run, position
+        self.loss = float("nan")
+        self.started = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task(f"{position} {run}", loss=self.loss)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step, loss=self.loss)
+        tenth = max(1, state.max_steps // 10)
+        if not self.console.is_terminal and (state.global_step % tenth == 0 or state.global_step == state.max_steps):
+            seconds = time.perf_counter() - self.started
+            loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
+            self.console.print(
+                f"{self.position} {self.run}: step {state.global_step}/{state.max_steps}{loss}, {seconds:.0f} s",
+                highlight=False,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also after an error, when `on_train_end` is not called."""
+        self.progress.stop()
+
+
+class FiniteLoss(TrainerCallback):
+    """Stop at the first logged loss that is not a number: nothing can be learnt from there."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {state.global_step}: lower the learning rates of this stage, "
+                             "lengthen its warmup_ratio, or lower its max_grad_norm")  # fmt: skip
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log of a run to a JSON Lines file; a resumed run takes back what it is about to repeat."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if self.stands(line, state.global_step)), encoding="utf-8")
+
+    def stands(self, line: str, step: int) -> bool:
+        """Whether a line is whole, and of another run or of a step that is not done again."""
+        if not line.endswith("\n"):
+            return False
+        values = json.loads(line)
+        return values["run"] != self.run or values["step"] <= step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": self.run, "step": state.global_step, **(logs or {})}) + "\n")

@@ -1,0 +1,255 @@
+"""Run a schedule in an output folder, from the beginning or from where a killed one stood.
+
+    OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
+    OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
+    OUTPUT/model/       the finished model, a Hugging Face folder
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from safetensors import safe_open
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
+from moe_vision.data.collate import Collator, ConversationDataset, views_of
+from moe_vision.data.records import Record, load_records
+from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.modeling.compose import compose, load
+from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
+from moe_vision.training.groups import freeze_all_but, learning_rates
+from moe_vision.training.schedule import StageConfig, TrainConfig, resolve_paths
+from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
+
+
+OWN_NAMES = {"config.yaml", "state.json", "metrics.jsonl", "runs", "model"}
+"""What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
+
+
+class OutputError(ValueError):
+    """An output folder that cannot be used."""
+
+
+def model_config(config: TrainConfig) -> ModelConfig:
+    """The model of a train config, from its file or its content. Raises ConfigError."""
+    if isinstance(config.model, str):
+        return load_config(ModelConfig, config.model)
+    return validate(ModelConfig, config.model, source="model")
+
+
+def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console: Console | None = None) -> Path:
+    """Train a schedule and return the folder of the finished model; the same call after a kill goes on.
+
+    Raises OutputError, ConfigError, DataError or WeightsError before any step is taken.
+    """
+    console = console or Console()
+    composition = model_config(config)
+    resolved = yaml.safe_dump(
+        {**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False
+    )
+    check_output(output, resolved, overwrite=overwrite)
+    if (output / "model").is_dir() and not overwrite:
+        console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
+        return output / "model"
+    records = {name: stage_records(stage) for name, stage in config.runs()}
+    set_seed(config.seed)
+    model, processor = compose(composition)
+    rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
+    finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
+    if finished:
+        model, _ = load(output / "runs" / finished[-1] / "done")
+    for number, (name, stage) in enumerate(config.runs(), start=1):
+        if name in finished:
+            continue
+        position = f"[{number}/{len(config.stages)}]"
+        trains, frozen = trained_and_frozen(model, rates[name])
+        shown = ", ".join(f"{group} ({count:,} parameters, rate {rates[name][group]:g})" for group, count in trains.items())
+        console.print(f"{position} {name}: trains {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
+        progress = ScheduleProgress(console, name, position)
+        try:
+            run_stage(stage, name, model, processor, records[name], rates[name], output, config.seed + number, progress)
+        finally:
+            progress.close()
+        save_folder(model, processor, output / "runs" / name / "done")
+        finished.append(name)
+        write_atomically(output / "state.json", json.dumps({"finished": finished}))
+        for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    save_folder(model, processor, output / "model")
+    for name, _ in config.runs():
+        shutil.rmtree(output / "runs" / name / "done", ignore_errors=True)
+    return output / "model"
+
+
+def stage_records(stage: StageConfig) -> list[Record]:
+    """The records of a stage. Raises DataError, or ConfigError where it has no data."""
+    if stage.data is None:
+        cure = "give --data FILE, or write data: {path: …} into the stage"
+        raise ConfigError("train config", [Problem(f"stages.{stage.name}.data", None, "is missing", cure)])
+    return load_records(stage.data.path, stage.data.image_root)
+
+
+def run_stage(
+    stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
+    records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
+) -> None:  # fmt: skip
+    """Train one stage in place, from its last checkpoint if there is one."""
+    folder = output / "runs" / name
+    freeze_all_but(model, rates)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=stage.epochs or 1.0,
+        max_steps=stage.max_steps or -1,
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        warmup_steps=stage.warmup_ratio,
+        lr_scheduler_type="constant_with_warmup" if stage.scheduler == "constant" else stage.scheduler,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.precision == "bf16",
+        save_steps=stage.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        dataloader_num_workers=stage.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    features = None
+    if stage.cache_features and not any(group.startswith(("experts.", "mixers")) for group in rates):
+        features = encode_once(model.to(arguments.device), processor, records, stage)
+    trainer = GroupTrainer(
+        model=model,
+        args=arguments,
+        rates=rates,
+        train_dataset=ConversationDataset(records, processor, features),
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
+    )
+    quiet = {"PrinterCallback", "ProgressCallback"}
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
+        trainer.remove_callback(callback)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        check_keys(Path(checkpoint), model)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval()
+
+
+@torch.no_grad()
+def encode_once(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, records: Sequence[Record], stage: StageConfig
+) -> dict[Path, torch.Tensor] | None:
+    """Mixed tokens [N, C] of every distinct picture, or None where they would not fit into the stage's `cache_gb`."""
+    by_path = {path: record for record in records for path in record.images}
+    shape = model.config.vision_config.mixed_shape("overview")
+    if len(by_path) * shape.num_tokens * shape.channels * 4 > stage.cache_gb * 1e9:
+        return None
+    tower = model.model.vision_tower.eval()
+    device = next(tower.parameters()).device
+    features: dict[Path, torch.Tensor] = {}
+    paths = list(by_path)
+    for start in range(0, len(paths), stage.batch_size):
+        chunk = paths[start : start + stage.batch_size]
+        views = torch.cat([views_of(Record("", (path,), ()), processor) for path in chunk])
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):  # as Trainer runs it
+            mixed = tower(views.to(device)).data
+        features |= dict(zip(chunk, mixed.cpu(), strict=True))
+    return features
+
+
+def check_output(output: Path, resolved: str, *, overwrite: bool) -> None:
+    """Raise OutputError if `output` cannot take a run of this resolved config; changes nothing in it."""
+    nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"output '{output}' cannot be written, because of '{nearest}': choose another --output")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    foreign = sorted(p.name for p in output.iterdir() if p.name not in OWN_NAMES and not p.name.endswith(".partial"))
+    if foreign or not (output / "config.yaml").is_file():
+        found = f"holds {foreign[:3]}" if foreign else "has no config.yaml"
+        raise OutputError(f"output '{output}' exists and is not a training output ({found}): choose another --output")
+    if not overwrite and (output / "config.yaml").read_text(encoding="utf-8") != resolved:
+        raise OutputError(f"output '{output}' exists and belongs to another config: choose another --output, or "
+                          "--overwrite to start anew")  # fmt: skip
+
+
+def open_output(output: Path, resolved: str, *, overwrite: bool) -> list[str]:
+    """Make or reopen a checked output folder; returns the runs that are finished. Raises OutputError."""
+    try:
+        if overwrite and output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "config.yaml", resolved)
+    except OSError as error:
+        raise OutputError(f"output '{output}' cannot be written ({error}): choose another --output") from error
+    state = output / "state.json"
+    return json.loads(state.read_text(encoding="utf-8"))["finished"] if state.is_file() else []
+
+
+def check_keys(checkpoint: Path, model: MoeVisionForConditionalGeneration) -> None:
+    """Raise OutputError if a checkpoint's weights are not exactly those of `model`; Trainer would only warn."""
+    found: set[str] = set()
+    for file in checkpoint.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            found |= set(weights.keys())
+    expected = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    expected &= set(model.state_dict())  # without buffers that are not kept; tied weights are named once
+    missing, unexpected = sorted(expected - found), sorted(found - set(model.state_dict()))
+    if missing or unexpected:
+        raise OutputError(f"checkpoint '{checkpoint}' belongs to another composition (missing {missing[:4]}, unexpected "
+                          f"{unexpected[:4]}): choose another --output, or --overwrite to start anew")  # fmt: skip
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short is taken away."""
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
+        if (Path(checkpoint) / "trainer_state.json").is_file():  # Trainer writes this file last
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def save_folder(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
+    """Write a model folder whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a train config; paths in it start at its folder. Raises ConfigError."""
+    values = resolve_paths(read_yaml(path), path.resolve().parent)
+    for override in overrides:
+        values = apply_override(values, override)
+    config = validate(TrainConfig, values, source=str(path))
+    if isinstance(config.model, str) and not Path(config.model).is_file():
+        raise ConfigError(str(path), [Problem("model", config.model, "no such file", "give the path of a model config")])
+    return config

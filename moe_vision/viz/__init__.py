@@ -1,0 +1,1 @@
+"""What users look at: tables in the terminal."""

@@ -1,0 +1,80 @@
+"""Tables for the terminal and for reports."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from moe_vision.modeling.cost import CostTable
+    from moe_vision.training.schedule import TrainConfig
+
+
+def size(pair: tuple[int, int] | None) -> str:
+    return "" if pair is None else f"{pair[0]}x{pair[1]}"
+
+
+def scaled(number: float) -> str:
+    """A count with a unit that a person reads: 1.3 G."""
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def cost_table(costs: "CostTable") -> Table:
+    """Parts of a composition with what each costs for one image."""
+    table = Table(title="one image, sizes are height x width")
+    for name in ("part", "what", "input", "grid", "channels", "parameters", "FLOPs"):
+        table.add_column(name, justify="left" if name in ("part", "what") else "right")
+    for part in costs.parts:
+        table.add_row(
+            part.part, part.what, size(part.image_size), size(part.grid), str(part.channels), scaled(part.parameters),
+            scaled(part.flops),
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("total", "", "", "", "", scaled(costs.parameters), scaled(costs.flops))
+    return table
+
+
+def summary(costs: "CostTable") -> str:
+    return f"{costs.visual_tokens} visual tokens for each image"
+
+
+def stages_table(config: "TrainConfig") -> Table:
+    """Stages of a schedule."""
+    table = Table(title=f"model {config.model if isinstance(config.model, str) else '(inline)'}, seed {config.seed}")
+    for name in ("run", "trains (learning rate)", "data", "length", "batch"):
+        table.add_column(name)
+    for name, stage in config.runs():
+        length = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"{stage.max_steps} steps"
+        rates = "\n".join(f"{group} ({rate:g})" for group, rate in stage.train.items())
+        batch = str(stage.batch_size * stage.gradient_accumulation)
+        table.add_row(name, rates, "(--data)" if stage.data is None else stage.data.path, length, batch)
+    return table
+
+
+def accuracy_table(models: Mapping[str, Mapping[str, float]]) -> Table:
+    """Exact match per task, a column for each model."""
+    table = Table(title="exact match")
+    table.add_column("task")
+    for name in models:
+        table.add_column(name, justify="right")
+    tasks = list(dict.fromkeys(task for scores in models.values() for task in scores))
+    for task in tasks:
+        table.add_row(task, *(f"{scores[task]:.3f}" if task in scores else "" for scores in models.values()))
+    table.add_section()
+    table.add_row("average", *(f"{sum(scores.values()) / len(scores):.3f}" for scores in models.values()))
+    return table
+
+
+def micro_table(manifest: Mapping[str, Any]) -> Table:
+    """What ships with the package."""
+    table = Table(title="miniature experts and language model")
+    for name in ("part", "parameters", "steps", "seed", "metrics"):
+        table.add_column(name)
+    for name, entry in manifest.items():
+        metrics = entry.get("held_out") or entry.get("symbolic_accuracy", {})
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+        table.add_row(name, f"{entry['parameters']:,}", str(entry["steps"]), str(entry["seed"]), shown)
+    return table

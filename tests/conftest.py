@@ -1,0 +1,19 @@
+"""Shared fixtures. Tests run offline and leave nothing behind."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from moe_vision.data.synthetic import write_split
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LLaVA-format files of a few generated pictures: train captions and questions, test questions."""
+    folder = tmp_path_factory.mktemp("scenes")
+    files = write_split(folder, "train", 24)
+    return {**files, "test": write_split(folder, "test", 6)["questions"]}

@@ -1,0 +1,77 @@
+"""Only answers are learnt, and what the labels hold reads back as the answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_vision.data.chat import IGNORED, message, tokenise
+from moe_vision.data.collate import Collator, ConversationDataset
+from moe_vision.data.records import Record, Turn, load_records
+from moe_vision.modeling import MoeVisionProcessor
+from tests.tiny import tiny_model_and_processor
+from tests.unit.toy import write_data
+
+
+@pytest.fixture(scope="module")
+def processor() -> MoeVisionProcessor:
+    return tiny_model_and_processor()[1]
+
+
+def conversation(*texts: str, images: int = 1) -> Record:
+    turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+    return Record("a", tuple(Path(f"{i}.png") for i in range(images)), turns)
+
+
+def learnt(labels: list[int], processor: Any) -> list[str]:
+    """Text of every unbroken stretch of labels."""
+    stretches: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORED:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return [processor.tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+def test_labels_are_the_answers_with_their_end(processor: MoeVisionProcessor) -> None:
+    record = conversation("<image>\nwhat is this", "a red circle", "is this red", "zebra 42, été")
+    result = tokenise(record, processor)
+    end = processor.tokenizer.eos_token
+    assert [text.strip() for text in learnt(result.labels, processor)] == [f"a red circle{end}", f"zebra 42, été{end}"]
+    assert result.input_ids.count(processor.image_token_id) == processor.num_image_tokens
+    assert all(label in (IGNORED, token) for token, label in zip(result.input_ids, result.labels, strict=True))
+
+
+def test_ids_are_the_processors_own(processor: MoeVisionProcessor) -> None:
+    record = conversation("<image>\nwhat <image>is this", "a red circle", images=2)
+    text = processor.apply_chat_template([message(turn) for turn in record.turns], tokenize=False)
+    views = torch.zeros(3, 128, 128)
+    expected = processor(text=[text], images=[views, views], do_rescale=False, add_special_tokens=False)["input_ids"][0]
+    assert tokenise(record, processor).input_ids == list(expected)
+
+
+def test_markers_become_image_parts() -> None:
+    parts = message(Turn("user", "see <image>\nand <image>"))["content"]
+    assert [part["type"] for part in parts] == ["text", "image", "text", "image"]
+    assert parts[2]["text"] == "and "
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    processor = tiny_model_and_processor()[1]
+    processor.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        tokenise(conversation("what", "red", "what", "red", images=0), processor)
+
+
+def test_batches_are_padded_on_the_right(tmp_path: Path, processor: MoeVisionProcessor) -> None:
+    records = load_records(write_data(tmp_path, 2))
+    short = Record("text", (), (Turn("user", "what"), Turn("assistant", "red")))
+    dataset = ConversationDataset([records[0], short, records[1]], processor)
+    batch = Collator(processor.tokenizer.pad_token_id)([dataset[i] for i in range(3)])
+    assert batch["pixel_values"].shape == (2, 3, 128, 128)
+    sizes = [len(dataset[i]["input_ids"]) for i in range(3)]
+    assert batch["attention_mask"].sum(1).tolist() == sizes
+    assert batch["attention_mask"][1, 0] == 1 and batch["attention_mask"][1, -1] == 0
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()

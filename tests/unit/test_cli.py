@@ -1,0 +1,105 @@
+"""The command line: what a user types, and what a user sees."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_vision import cli
+from tests.tiny import tiny_model, tiny_values
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of one command."""
+    monkeypatch.setattr(sys, "argv", ["moe-vision", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+        sys.exit(0)
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_show_prints_each_part_and_json(monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny_values()))
+    code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "model.yaml")
+    assert code == 0 and "experts.clip" in out and "4 visual tokens" in out
+    code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "model.yaml", "experts.sam=null", "--json")
+    assert code == 0 and list(json.loads(out)["config"]["experts"]) == ["clip"]
+
+
+def test_show_of_a_train_config(monkeypatch, capsys) -> None:
+    code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "train/micro.yaml")
+    assert code == 0 and "01-projector" in out and "adapters" in out
+
+
+def test_errors_have_no_traceback_and_exit_2(monkeypatch, capsys, tmp_path: Path) -> None:
+    code, out, err = run(monkeypatch, capsys, "show", CONFIGS / "model/micro.yaml", "experts.clip.layr=-2")
+    assert code == 2 and out == ""
+    assert "experts.clip.layr" in err and "did you mean 'layer'" in err and "Traceback" not in err
+    code, _, err = run(monkeypatch, capsys, "show", tmp_path / "nothing.yaml")
+    assert code == 2 and "no such file" in err
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe_vision", "--debug", "show", str(tmp_path / "nothing.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "Traceback" in result.stderr
+
+
+def test_generate_answers_about_a_picture_by_path(monkeypatch, capsys, folder: Path, scenes: dict[str, Path]) -> None:
+    image = scenes["test"].parent / "images/test/00000.png"
+    code, out, _ = run(
+        monkeypatch, capsys, "generate", folder, "read label", "--image", image, "--max-new-tokens", 3, "--json"
+    )
+    assert code == 0 and json.loads(out)["question"] == "read label"
+    code, _, err = run(monkeypatch, capsys, "generate", folder, "read label", "--image", "no.png")
+    assert code == 2 and "image 'no.png': no such file" in err
+
+
+def test_generate_needs_a_model_folder(monkeypatch, capsys, tmp_path: Path) -> None:
+    code, _, err = run(monkeypatch, capsys, "generate", tmp_path, "read label")
+    assert code == 2 and "is no model folder" in err
+
+
+def test_eval_prints_scores(monkeypatch, capsys, folder: Path, scenes: dict[str, Path], tmp_path: Path) -> None:
+    answers = tmp_path / "answers.json"
+    code, out, _ = run(monkeypatch, capsys, "eval", folder, scenes["test"], "--json", "--predictions", answers)
+    report = json.loads(out)
+    assert code == 0 and report["count"] == 48 and set(report["by_task"]) >= {"ocr", "area"}
+    assert len(json.loads(answers.read_text())["predictions"]) == 48
+
+
+def test_schema_is_json_schema(monkeypatch, capsys) -> None:
+    for kind, key in (("model", "experts"), ("train", "stages")):
+        code, out, _ = run(monkeypatch, capsys, "schema", kind)
+        assert code == 0 and key in json.loads(out)["properties"]
+    code, _, err = run(monkeypatch, capsys, "schema", "modle")
+    assert code == 2 and "did you mean 'model'" in err
+
+
+def test_micro_list(monkeypatch, capsys) -> None:
+    code, out, _ = run(monkeypatch, capsys, "micro", "list", "--json")
+    assert code == 0 and set(json.loads(out)) == {"clip", "convnext", "pix2struct", "eva02", "sam", "language_model"}
+    code, _, err = run(monkeypatch, capsys, "micro", "rebuild", "--expert", "clop")
+    assert code == 2 and "did you mean 'clip'" in err
+
+
+def test_export_that_exists(monkeypatch, capsys, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    code, _, err = run(monkeypatch, capsys, "export", folder, "-o", tmp_path / "out")
+    assert code == 2 and "exists and is not empty: choose another" in err

@@ -1,0 +1,199 @@
+"""A killed and resumed schedule ends bitwise where an uninterrupted one does; only named groups move."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from moe_vision.config import ConfigError
+from moe_vision.data.records import DataError
+from moe_vision.training import runner
+from moe_vision.training.groups import freeze_all_but, learning_rates, optimizer_groups, parameter_groups
+from moe_vision.training.runner import OutputError, check_keys, train
+from moe_vision.training.schedule import TrainConfig
+from moe_vision.training.trainer import GroupTrainer
+from tests.tiny import tiny_model_and_processor
+from tests.unit.toy import train_values
+
+
+def config(folder: Path, **stage: Any) -> TrainConfig:
+    return TrainConfig.model_validate(train_values(folder, **stage))
+
+
+def weights(model_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(model_folder / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, run: str, step: int) -> None:
+    """Die at the end of a step, before its checkpoint."""
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.output_dir.endswith(run) and state.global_step == step:
+                raise Killed
+
+    class KilledTrainer(GroupTrainer):
+        def __init__(self, *args: Any, callbacks: list[Any], **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[*callbacks, Killer()], **kwargs)
+
+    monkeypatch.setattr(runner, "GroupTrainer", KilledTrainer)
+
+
+@pytest.mark.parametrize(("run", "step"), [("01-projector", 3), ("02-finetune", 1), ("02-finetune", 3)])
+def test_killed_and_resumed_is_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, step: int
+) -> None:
+    schedule = config(tmp_path)
+    whole = weights(train(schedule, tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        kill_at(patched, run, step)
+        with pytest.raises(Killed):
+            train(schedule, tmp_path / "killed")
+    assert_same(weights(train(schedule, tmp_path / "killed")), whole)
+    logs = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    first = [log["step"] for log in logs if log["run"] == run and "loss" in log]
+    assert len(first) == len(set(first))
+
+
+def test_cached_features_change_nothing(tmp_path: Path) -> None:
+    cached = weights(train(config(tmp_path, cache_features=True), tmp_path / "cached"))
+    plain = weights(train(config(tmp_path, cache_features=False), tmp_path / "plain"))
+    small = weights(train(config(tmp_path, cache_gb=1e-9), tmp_path / "small"))
+    assert_same(plain, small)
+    for name, value in plain.items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_only_named_groups_move(tmp_path: Path) -> None:
+    values = train_values(tmp_path, max_steps=2, scheduler="constant", warmup_ratio=0.0, gradient_accumulation=2)
+    values["stages"] = values["stages"][:1]
+    values["stages"][0]["train"] = {"experts.sam": 1e-2}
+    after = weights(train(TrainConfig.model_validate(values), tmp_path / "out"))
+    before, _ = runner_model(values)
+    moved = {name for name, value in before.state_dict().items() if name in after and not torch.equal(after[name], value)}
+    assert moved and all(name.startswith("model.vision_tower.experts.sam.") for name in moved)
+
+
+def runner_model(values: dict[str, Any]) -> Any:
+    schedule = TrainConfig.model_validate(values)
+    runner.set_seed(schedule.seed)
+    return runner.compose(runner.model_config(schedule))
+
+
+def test_frozen_parts_stay_in_evaluation_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[tuple[bool, ...]] = []
+
+    class Watching(GroupTrainer):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, *args, **kwargs)
+            inner = model.model
+            modes.append((inner.vision_tower.experts.training, inner.vision_tower.experts["sam"].training,
+                          inner.language_model.training, inner.multi_modal_projector.training))  # fmt: skip
+            return loss
+
+    monkeypatch.setattr(runner, "GroupTrainer", Watching)
+    train(config(tmp_path, max_steps=1, cache_features=False), tmp_path / "out")
+    assert [mode[1:] for mode in modes] == [(False, False, True), (False, True, True)]
+
+
+@pytest.mark.parametrize("stage", [{"precision": "bf16"}, {"num_workers": 1, "cache_features": False}])
+def test_precision_and_workers_run(tmp_path: Path, stage: dict[str, Any]) -> None:
+    after = weights(train(config(tmp_path, max_steps=1, **stage), tmp_path / "out"))
+    assert {value.dtype for value in after.values()} == {torch.float32}
+
+
+def test_constant_rates_warm_up_too(tmp_path: Path) -> None:
+    train(config(tmp_path, scheduler="constant", warmup_ratio=0.5), tmp_path / "out")
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["learning_rate"] == 0.0
+
+
+def test_a_finished_output_says_so_and_another_config_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule, output = config(tmp_path, max_steps=1), tmp_path / "out"
+    train(schedule, output)
+    capsys.readouterr()
+    assert train(schedule, output) == output / "model"
+    assert "finished" in capsys.readouterr().out
+    other = schedule.model_copy(update={"seed": 9})
+    with pytest.raises(OutputError, match="--overwrite"):
+        train(other, output)
+    train(other, output, overwrite=True)
+    assert "seed: 9" in (output / "config.yaml").read_text()
+
+
+def test_overwriting_destroys_nothing_before_all_else_is_in_order(tmp_path: Path) -> None:
+    schedule, output = config(tmp_path, max_steps=1), tmp_path / "out"
+    train(schedule, output)
+    data = Path(train_values(tmp_path)["stages"][0]["data"]["path"])
+    data.write_text("[]")
+    with pytest.raises(DataError):
+        train(schedule, output, overwrite=True)
+    assert (output / "model" / "model.safetensors").is_file()
+
+
+def test_folders_of_other_things_are_never_overwritten(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("config.yaml", "thesis.tex"):
+        (output / name).write_text("mine")
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
+        train(config(tmp_path), output, overwrite=True)
+    assert (output / "thesis.tex").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        train(config(tmp_path), tmp_path / "file" / "out")
+
+
+def test_data_that_is_missing_is_told_before_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--data"):
+        train(config(tmp_path, data=None), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_cover_every_parameter_once() -> None:
+    model, _ = tiny_model_and_processor()
+    groups = parameter_groups(model)
+    assert sum(len(members) for members in groups.values()) == len(list(model.parameters()))
+    assert groups["mixers"] == [] and groups["experts.clip"] and groups["adapters"] and groups["language_model"]
+    freeze_all_but(model, {"adapters": 1e-3})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in groups["adapters"]}
+
+
+def test_rates_are_inherited_and_wrong_groups_named() -> None:
+    model, _ = tiny_model_and_processor()
+    rates = learning_rates(model, {"experts.sam": 1e-3, "experts": 1e-5})
+    assert rates == {"experts.clip": 1e-5, "experts.sam": 1e-3}
+    assert {group["lr"] for group in optimizer_groups(model, rates, 0.1)} == {1e-5, 1e-3}
+    for group in ("adapter", "experts.dino"):
+        with pytest.raises(ValueError, match="known: adapters"):
+            learning_rates(model, {group: 1e-3})
+    with pytest.raises(ValueError, match="'mixers' has no parameter"):
+        learning_rates(model, {"mixers": 1e-3})
+
+
+def test_a_checkpoint_of_another_composition_is_named(tmp_path: Path) -> None:
+    model, _ = tiny_model_and_processor()
+    model.save_pretrained(tmp_path / "same")
+    check_keys(tmp_path / "same", model)
+    state = weights(tmp_path / "same")
+    state["model.vision_tower.experts.dino.weight"] = state.pop("model.multi_modal_projector.overview.0.weight", torch.ones(1))
+    (tmp_path / "other").mkdir()
+    save_file(state, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(OutputError, match=r"experts\.dino"):
+        check_keys(tmp_path / "other", model)

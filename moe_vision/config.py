@@ -33,7 +33,7 @@ class Problem:
 
     def __str__(self) -> str:
         shown = repr(self.value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "…"
+        shown = shown if len(shown) <= 200 else shown[:197] + "…"
         return f"{self.path} = {shown}: {self.cause}; {self.cure}"
 
 

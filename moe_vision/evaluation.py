@@ -87,7 +87,7 @@ def generate(
         return_token_type_ids=False,
         return_tensors="pt",
     ).to(model.device)
-    encoded = {"mm_encoder_outputs": {"image": encode(model, processor, paths)}} if paths else {}
+    encoded: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, processor, paths)}} if paths else {}
     output = model.generate(**inputs, **encoded, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -95,10 +95,10 @@ def generate(
 def encode(
     model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path]
 ) -> BaseModelOutputWithPooling:
-    """Visual tokens [N, D] for every path in order, as `pooler_output`; a path that comes again is not encoded again."""
+    """Visual tokens [N, D] for every path in order, as `pooler_output`; each distinct path is encoded once."""
     distinct = list(dict.fromkeys(paths))
     views = processor.image_processor([load_image(path) for path in distinct], return_tensors="pt")["pixel_values"]
-    encoded = model.get_image_features(views.to(model.device), return_dict=True)
+    encoded: Any = model.get_image_features(views.to(model.device), return_dict=True)
     by_path = dict(zip(distinct, encoded.pooler_output, strict=True))
     output = BaseModelOutputWithPooling()
     output["pooler_output"] = [by_path[path] for path in paths]
@@ -121,5 +121,7 @@ def answer(
     if markers == 0:
         question = IMAGE_MARKER * len(images) + question
     elif markers != len(images):
-        raise ValueError(f"the question has {markers} {IMAGE_MARKER} markers for {len(images)} images: give one for each")
+        raise ValueError(
+            f"the question has {markers} {IMAGE_MARKER} markers for {len(images)} images: give one for each"
+        )
     return generate(model, processor, [([Turn("user", question)], images)], max_new_tokens)[0].strip()

@@ -1,59 +1,63 @@
-"""A fused model small enough to build in a test, with random weights from a fixed seed."""
+"""A fused model with random weights, made in a second: for tests that need no knowledge, only shapes and rules."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from moe_vision.modeling import (
-    MoeVisionConfig,
-    MoeVisionForConditionalGeneration,
-    MoeVisionImageProcessor,
-    MoeVisionProcessor,
-)
+from moe_vision.config import validate
+from moe_vision.modeling import MoeVisionConfig, MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.modeling.compose import make_processor
+from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.recipes.language_model import WORDS
 from moe_vision.recipes.tokenizer import build_tokenizer
 
-WORDS = ("what", "is", "this", "a", "red", "circle", "in", "the", "picture")
+ARCHITECTURE: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(WORDS)
 
 
-def tiny_config(
-    experts: Sequence[str] = ("clip", "sam"), vocab_size: int = 512, image_token_id: int = 3
-) -> MoeVisionConfig:
-    """Micro experts on a grid of 8 x 8, pooled to 16 tokens, before a llama of two layers."""
-    return MoeVisionConfig(
-        vision_config={
-            "experts": [{"name": name, "type": name, "variant": "micro"} for name in experts],
-            "branches": {
-                "overview": {
-                    "mixer": {"type": "channel_concat", "grid": [8, 8]},
-                    "adapter": {"type": "mlp", "pool": 2},
-                }
-            },
+def tiny_values(experts: Sequence[str] = ("clip", "sam"), **changes: Any) -> dict[str, Any]:
+    """Plain values of a small model config with random weights, with `changes` on top."""
+    return {
+        "experts": {name: {"variant": "micro", "pretrained": None} for name in experts},
+        "branches": {
+            "overview": {
+                "mixer": {"type": "channel_concat", "grid": [4, 4]},
+                "adapter": {"type": "mlp", "pool": 2},
+            }
         },
-        text_config={
-            "model_type": "llama", "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab_size, "pad_token_id": 0,
-            "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
-        },
-        image_token_id=image_token_id,
-    )  # fmt: skip
+        "language_model": {"architecture": ARCHITECTURE | {"vocab_size": len(tiny_tokenizer())}},
+        **changes,
+    }
 
 
-def tiny_model_and_processor(
+def tiny_config(experts: Sequence[str] = ("clip", "sam")) -> MoeVisionConfig:
+    """The transformers config of `tiny_values`."""
+    image_token_id = tiny_tokenizer().convert_tokens_to_ids("<image>")
+    assert isinstance(image_token_id, int)
+    return validate(ModelConfig, tiny_values(experts), source="tiny").hf_config(image_token_id)
+
+
+def tiny_model(
     experts: Sequence[str] = ("clip", "sam"), seed: int = 0
 ) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
-    tokenizer = tiny_tokenizer()
+    """Model and processor of `tiny_values`, seeded."""
     torch.manual_seed(seed)
-    config = tiny_config(experts, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    model = MoeVisionForConditionalGeneration(config).eval()
-    processor = MoeVisionProcessor(
-        image_processor=MoeVisionImageProcessor(size={"height": 128, "width": 128}),
-        tokenizer=tokenizer,
-        num_image_tokens=16,
-        chat_template=tokenizer.chat_template,
-    )
-    return model, processor
+    config = validate(ModelConfig, tiny_values(experts), source="tiny")
+    hf_config = tiny_config(experts)
+    model = MoeVisionForConditionalGeneration(hf_config).eval()
+    with torch.no_grad():  # the default initialisation is so small that every answer would look alike
+        for parameter in model.model.language_model.parameters():
+            parameter.mul_(4)
+    return model, make_processor(config, hf_config, tiny_tokenizer())
+
+
+tiny_model_and_processor = tiny_model

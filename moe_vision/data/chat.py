@@ -1,12 +1,16 @@
 """Conversations → token ids and labels, by the tokenizer's own chat template; only answers are learnt."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn
 from moe_vision.modeling import MoeVisionProcessor
 
 IGNORED = -100
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,7 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
     Raises ValueError if the chat template does not print a conversation as the beginning of a longer one.
     """
     tokenizer = processor.tokenizer
-    messages = [message(turn) for turn in record.turns]
-    text = render(processor, messages)
-    spans = []
-    for i, turn in enumerate(record.turns):
-        if turn.role == "assistant":
-            start = render(processor, messages[:i], generation=True)
-            end = text if i == len(messages) - 1 else render(processor, messages[: i + 1])
-            if not (text.startswith(start) and text.startswith(end)):
-                raise ValueError(f"record {record.id!r}: the chat template rewrites earlier turns, so answers cannot be "
-                                 "told from questions; use a template that only appends")  # fmt: skip
-            spans.append((len(start), len(end)))
+    text, spans = answer_spans(record, processor)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = []
     labels: list[int] = []
@@ -60,6 +54,32 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
             learnt = any(start <= start_at and end_at <= end for start, end in spans)
             labels.append(token if learnt else IGNORED)
     return Tokenised(ids, labels)
+
+
+def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, list[tuple[int, int]]]:
+    """Text of a conversation, and where in it each answer begins and, with its end token, ends."""
+    messages = [message(turn) for turn in record.turns]
+    template = processor.chat_template or processor.tokenizer.chat_template or ""
+    if GENERATION_BLOCK.search(template):  # the template marks answers itself: one rendering, not two for each answer
+        special = processor.tokenizer.special_tokens_map
+        texts, marked = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **special
+        )
+        text, end_token = texts[0], processor.tokenizer.eos_token or ""
+        return text, [(a, b + len(end_token) * text.startswith(end_token, b)) for a, b in marked[0]]
+    text = render(processor, messages)
+    spans = []
+    for i, turn in enumerate(record.turns):
+        if turn.role == "assistant":
+            start = render(processor, messages[:i], generation=True)
+            end = text if i == len(messages) - 1 else render(processor, messages[: i + 1])
+            if not (text.startswith(start) and text.startswith(end)):
+                raise ValueError(
+                    f"record {record.id!r}: the chat template rewrites earlier turns, so answers cannot be told from "
+                    "questions; use a template that only appends"
+                )
+            spans.append((len(start), len(end)))
+    return text, spans
 
 
 def render(processor: MoeVisionProcessor, messages: list[dict[str, Any]], generation: bool = False) -> str:

@@ -19,7 +19,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, records: Sequence[Record], processor: MoeVisionProcessor, features: dict[Any, torch.Tensor] | None = None
+        self,
+        records: Sequence[Record],
+        processor: MoeVisionProcessor,
+        features: dict[Any, torch.Tensor] | None = None,
     ) -> None:
         self.records = list(records)
         self.processor = processor

@@ -23,7 +23,9 @@ class DataError(ValueError):
     def __init__(self, source: Path, problems: Sequence[str]) -> None:
         more = len(problems) - SHOWN_PROBLEMS
         lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
-        lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]] + ([f"  … and {more} more"] if more > 0 else [])
+        lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]] + (
+            [f"  … and {more} more"] if more > 0 else []
+        )
         super().__init__("\n".join(lines))
 
 
@@ -102,7 +104,9 @@ def parse_line(path: Path, number: int, line: str) -> Any:
 def parse_record(value: Any, number: int, root: Path) -> Record:
     """One record. Raises ValueError naming the record, the fault and the cure."""
     if not isinstance(value, dict):
-        raise ValueError(f"record {number}: is a {type(value).__name__}; a LLaVA record is {{id, image, conversations}}")
+        raise ValueError(
+            f"record {number}: is a {type(value).__name__}; a LLaVA record is {{id, image, conversations}}"
+        )
     name = f"record {number} (id {value.get('id', number)!r})"
     conversation = value.get("conversations")
     if not isinstance(conversation, list) or not conversation:
@@ -139,7 +143,9 @@ def parse_turn(turn: Any, name: str) -> Turn:
 def check_image(path: Path) -> None:
     """Raise ValueError if `path` is missing, empty or no picture; reads the header only."""
     if not path.is_file():
-        raise ValueError(f"image '{path}': no such file; mend the path, or give the folder it starts from as image_root")
+        raise ValueError(
+            f"image '{path}': no such file; mend the path, or give the folder it starts from as image_root"
+        )
     if path.stat().st_size == 0:
         raise ValueError(f"image '{path}': has zero bytes; fetch it again")
     try:

@@ -1,8 +1,8 @@
 """The package's modules that one model needs, as a single Python file.
 
 transformers hashes every remote-code file together with its relative imports, so several files make several
-copies of one class, and `save_pretrained` of a loaded model copies only one file's closure. One file has neither
-problem.
+copies of one class, and `save_pretrained` of a loaded model copies only one file's closure. One file has
+neither problem.
 """
 
 import ast
@@ -150,7 +150,7 @@ def read(name: str, label: str, text: str) -> Source:
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             source.defines |= bound_names(node)
             continue
-        aliases = []
+        aliases: list[str] = []
         if is_package_import(node):
             assert isinstance(node, ast.ImportFrom) and node.module is not None
             needs, aliases = resolve(node, label)
@@ -299,8 +299,8 @@ def check_clashes(sources: Sequence[Source]) -> None:
             owner, first = owners.setdefault(name, (source, target))
             if first != target:
                 raise FlattenError(
-                    f"'{name}' is bound by {owner.label} and, to something else, by {source.label}: names are "
-                    "unique over the exported file; rename one, or import it under another name"
+                    f"'{name}' is bound by {owner.label} and, to something else, by {source.label}: names "
+                    "are unique over the exported file; rename one, or import it under another name"
                 )
     for name in ("announce",):
         if name in owners:

@@ -25,7 +25,7 @@ from moe_vision.registry import suggest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of a logit: code and weights are the same, only the order of threaded sums may differ."""
+"""Largest difference of a logit: code and weights are the same, only sums over threads may differ."""
 
 AUTO_MAP = {
     "AutoConfig": f"{MODULE_NAME}.MoeVisionConfig",
@@ -59,8 +59,8 @@ class ExportReport:
     def summary(self) -> str:
         return (
             f"exported to {self.destination}: {len(self.files)} files, {self.bytes / 1e6:.1f} MB, "
-            f"{self.dtype}\nself-test without moe_vision: loaded, logits within {self.max_difference:.3g} of the "
-            f"source model, generated {self.new_tokens} tokens"
+            f"{self.dtype}\nself-test without moe_vision: loaded, logits within {self.max_difference:.3g} of "
+            f"the source model, generated {self.new_tokens} tokens"
         )
 
 
@@ -76,10 +76,10 @@ def export(
 ) -> ExportReport:
     """Write a folder that `transformers` loads without moe_vision, and prove it in a second process.
 
-    source: a folder that `save_pretrained` of model and processor wrote, or a run's output with it in `model/`.
+    source: a folder that `save_pretrained` of model and processor wrote, or a run's output that has one.
     dtype: float32, bfloat16 or float16; the saved one by default. metrics: results for the card.
-    Raises ExportError where the destination is taken or the self-test fails, ValueError where the source or an
-    option is wrong.
+    Raises ExportError where the destination is taken or the self-test fails, ValueError where source or dtype
+    is wrong.
     """
     source, destination = Path(source), Path(destination)
     if dtype is not None and dtype not in DTYPES:
@@ -89,7 +89,7 @@ def export(
     check_destination(source, destination, overwrite)
     model, processor = load(source)
     if dtype is not None:
-        model = model.to(DTYPES[dtype])
+        torch.nn.Module.to(model, DTYPES[dtype])  # in place; transformers' own `to` has no usable type
     code = flatten(model.config, plugins)
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
@@ -192,7 +192,7 @@ def run_selftest(
         )
     if child.returncode:
         output = (child.stdout + child.stderr).strip()[-4000:]
-        raise ExportError(f"the exported folder failed its self-test, and was removed:\n{output}")
+        raise ExportError(f"the exported folder failed its self-test, nothing was written:\n{output}")
     return json.loads(child.stdout.strip().splitlines()[-1])
 
 
@@ -203,7 +203,7 @@ def write_fixture(
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "image.png")
     if processor.chat_template:
-        content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        content: Any = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )

@@ -31,9 +31,10 @@ def check(folder: Path, fixture: Path) -> dict[str, Any]:
     expected = load_file(fixture / "expected.safetensors")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
+    model, info = loaded
     wrong = {kind: [str(key) for key in keys][:8] for kind, keys in info.items() if keys}
     if wrong:
         raise RuntimeError(f"weights and code do not belong together: {wrong}")

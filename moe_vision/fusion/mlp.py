@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
@@ -18,13 +19,15 @@ class MlpConfig(AdapterConfig):
     """depth: linear layers (2 is LLaVA's `mlp2x_gelu`). inner_size: width between them, the language model's if null.
 
     pool: side of the square of cells that are averaged after projecting; every cell shares the projector, so pooling
-    after it keeps the projector small and cuts the tokens by pool².
+    after it keeps the projector small and cuts the tokens by pool². positions: add a learned embedding of each token's
+    place, for experts whose features do not say where they are and language models that must be told.
     """
 
     depth: int = 2
     inner_size: int | None = None
     activation: Literal["gelu", "silu", "relu"] = "gelu"
     pool: int = 1
+    positions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "pool", "inner_size"):
@@ -51,14 +54,14 @@ class MlpConfig(AdapterConfig):
         return TokenShape(grid[0] * grid[1], hidden_size, grid)
 
     def build(self, inputs: TokenShape, hidden_size: int) -> "Mlp":
-        self.shape(inputs, hidden_size)
-        return Mlp(self, inputs.channels, hidden_size)
+        return Mlp(self, inputs.channels, self.shape(inputs, hidden_size))
 
 
 class Mlp(Adapter):
-    def __init__(self, config: MlpConfig, channels: int, hidden_size: int) -> None:
+    def __init__(self, config: MlpConfig, channels: int, output: TokenShape) -> None:
         super().__init__()
         self.config = config
+        hidden_size = output.channels
         widths = [channels] + [config.inner_size or hidden_size] * (config.depth - 1) + [hidden_size]
         layers: list[nn.Module] = []
         for i in range(config.depth):
@@ -66,13 +69,16 @@ class Mlp(Adapter):
             layers.append(nn.Linear(widths[i], widths[i + 1]))
         # Indices 0, 2, … are LLaVA's and Eagle's own (`mm_projector.0.weight`).
         self.layers = nn.Sequential(*layers)
+        if config.positions:
+            self.position_embedding = nn.Parameter(torch.zeros(output.num_tokens, hidden_size))
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         """[V, N, C] → [V, N / pool², D]."""
-        projected = self.layers(tokens.data)
-        if self.config.pool == 1:
-            return VisualTokens(projected, tokens.grid)
-        assert tokens.grid is not None  # build() refused a mixer without a raster
-        raster = projected.transpose(1, 2).unflatten(2, tokens.grid)
-        pooled = F.avg_pool2d(raster, self.config.pool)
-        return VisualTokens(pooled.flatten(2).transpose(1, 2), (pooled.shape[2], pooled.shape[3]))
+        projected, grid = self.layers(tokens.data), tokens.grid
+        if self.config.pool > 1:
+            assert grid is not None  # build() refused a mixer without a raster
+            pooled = F.avg_pool2d(projected.transpose(1, 2).unflatten(2, grid), self.config.pool)
+            projected, grid = pooled.flatten(2).transpose(1, 2), (pooled.shape[2], pooled.shape[3])
+        if self.config.positions:
+            projected = projected + self.position_embedding
+        return VisualTokens(projected, grid)

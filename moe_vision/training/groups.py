@@ -48,7 +48,9 @@ def learning_rates(model: MoeVisionForConditionalGeneration, train: Mapping[str,
         members = [group for group in groups if group == name or group.startswith(f"{name}.")]
         if not any(groups[group] for group in members):
             filled = [group for group in groups if groups[group]]
-            raise ValueError(f"train: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)")
+            raise ValueError(
+                f"train: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
+            )
         rates |= {group: rate for group in members if groups[group]}
     return rates
 

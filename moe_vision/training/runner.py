@@ -1,8 +1,8 @@
 """Run a schedule in an output folder, from the beginning or from where a killed one stood.
 
-    OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
-    OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
-    OUTPUT/model/       the finished model, a Hugging Face folder
+OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
+OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
+OUTPUT/model/       the finished model, a Hugging Face folder
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -29,7 +28,6 @@ from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgr
 from moe_vision.training.groups import freeze_all_but, learning_rates
 from moe_vision.training.schedule import StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
-
 
 OWN_NAMES = {"config.yaml", "state.json", "metrics.jsonl", "runs", "model"}
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
@@ -53,9 +51,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
     """
     console = console or Console()
     composition = model_config(config)
-    resolved = yaml.safe_dump(
-        {**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False
-    )
+    resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False)
     check_output(output, resolved, overwrite=overwrite)
     if (output / "model").is_dir() and not overwrite:
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
@@ -72,11 +68,23 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
             continue
         position = f"[{number}/{len(config.stages)}]"
         trains, frozen = trained_and_frozen(model, rates[name])
-        shown = ", ".join(f"{group} ({count:,} parameters, rate {rates[name][group]:g})" for group, count in trains.items())
+        shown = ", ".join(
+            f"{group} ({count:,} parameters, rate {rates[name][group]:g})" for group, count in trains.items()
+        )
         console.print(f"{position} {name}: trains {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
         progress = ScheduleProgress(console, name, position)
         try:
-            run_stage(stage, name, model, processor, records[name], rates[name], output, config.seed + number, progress)
+            run_stage(
+                stage,
+                name,
+                model,
+                processor,
+                records[name],
+                rates[name],
+                output,
+                config.seed + number,
+                progress,
+            )
         finally:
             progress.close()
         save_folder(model, processor, output / "runs" / name / "done")
@@ -116,6 +124,7 @@ def run_stage(
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # else Trainer refuses bf16 there
         save_steps=stage.save_steps,
         save_total_limit=2,
         logging_steps=10,
@@ -152,7 +161,10 @@ def run_stage(
 
 @torch.no_grad()
 def encode_once(
-    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, records: Sequence[Record], stage: StageConfig
+    model: MoeVisionForConditionalGeneration,
+    processor: MoeVisionProcessor,
+    records: Sequence[Record],
+    stage: StageConfig,
 ) -> dict[Path, torch.Tensor] | None:
     """Mixed tokens [N, C] of every distinct picture, or None where they would not fit into the stage's `cache_gb`."""
     by_path = {path: record for record in records for path in record.images}
@@ -211,8 +223,9 @@ def check_keys(checkpoint: Path, model: MoeVisionForConditionalGeneration) -> No
     expected &= set(model.state_dict())  # without buffers that are not kept; tied weights are named once
     missing, unexpected = sorted(expected - found), sorted(found - set(model.state_dict()))
     if missing or unexpected:
-        raise OutputError(f"checkpoint '{checkpoint}' belongs to another composition (missing {missing[:4]}, unexpected "
-                          f"{unexpected[:4]}): choose another --output, or --overwrite to start anew")  # fmt: skip
+        raise OutputError(f"checkpoint '{checkpoint}' belongs to another composition (missing {missing[:4]}, "
+                          f"unexpected {unexpected[:4]}): choose another --output, or "
+                          "--overwrite to start anew")  # fmt: skip
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -251,5 +264,7 @@ def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         values = apply_override(values, override)
     config = validate(TrainConfig, values, source=str(path))
     if isinstance(config.model, str) and not Path(config.model).is_file():
-        raise ConfigError(str(path), [Problem("model", config.model, "no such file", "give the path of a model config")])
+        raise ConfigError(
+            str(path), [Problem("model", config.model, "no such file", "give the path of a model config")]
+        )
     return config

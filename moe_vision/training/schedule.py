@@ -29,7 +29,8 @@ class StageConfig(Config):
 
     train: learning rate by group: `experts` or `experts.<name>`, `mixers`, `adapters`, `language_model`; all else is
     frozen. epochs or max_steps: one of them. warmup_ratio: share of the steps, below 1. save_steps: a checkpoint every
-    so many steps. data: null where the command line gives it. cache_features: run a frozen vision tower once a picture, where the result fits into `cache_gb`.
+    so many steps. data: null where the command line gives it. cache_features: run a frozen vision tower once a
+    picture, where the result fits into `cache_gb`.
     """
 
     name: str
@@ -60,7 +61,9 @@ class StageConfig(Config):
     @classmethod
     def _is_a_bare_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, (str, bool)):
-            raise ValueError(f"{info.field_name} is {value!r}, not a number: write {BARE_NUMBERS[info.field_name or '']}")
+            raise ValueError(
+                f"{info.field_name} is {value!r}, not a number: write {BARE_NUMBERS[info.field_name or '']}"
+            )
         return value
 
     @field_validator("train")
@@ -76,7 +79,9 @@ class StageConfig(Config):
     @classmethod
     def _warmup_is_a_share(cls, ratio: float) -> float:
         if not 0 <= ratio < 1:
-            raise ValueError(f"warmup_ratio {ratio} is no share: write the part of all steps, 0 up to but not 1, as 0.03")
+            raise ValueError(
+                f"warmup_ratio {ratio} is no share: write the part of all steps, 0 up to but not 1, as 0.03"
+            )
         return ratio
 
     @model_validator(mode="after")
@@ -121,7 +126,10 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     stages = values.get("stages")
     if isinstance(stages, list):
         resolved["stages"] = [
-            {**stage, "data": {k: absolute(v) if k in ("path", "image_root") else v for k, v in stage["data"].items()}}
+            {
+                **stage,
+                "data": {k: absolute(v) if k in ("path", "image_root") else v for k, v in stage["data"].items()},
+            }
             if isinstance(stage, dict) and isinstance(stage.get("data"), dict)
             else stage
             for stage in stages

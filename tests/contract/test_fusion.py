@@ -7,7 +7,7 @@ from moe_vision.fusion import ADAPTERS, MIXERS, adapt_grid
 from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 
 MIXER_SETTINGS = {"channel_concat": {"grid": (4, 4)}}
-ADAPTER_SETTINGS = {"mlp": {"pool": 2, "inner_size": 24}}
+ADAPTER_SETTINGS = {"mlp": {"pool": 2, "inner_size": 24, "positions": True}}
 MAPS = {"a": MapShape(6, (8, 8)), "b": MapShape(10, (4, 4)), "c": MapShape(2, (3, 5))}
 TOKENS = TokenShape(16, 12, (4, 4))
 

@@ -39,9 +39,22 @@ def test_labels_are_the_answers_with_their_end(processor: MoeVisionProcessor) ->
     record = conversation("<image>\nwhat is this", "a red circle", "is this red", "zebra 42, été")
     result = tokenise(record, processor)
     end = processor.tokenizer.eos_token
-    assert [text.strip() for text in learnt(result.labels, processor)] == [f"a red circle{end}", f"zebra 42, été{end}"]
+    assert [text.strip() for text in learnt(result.labels, processor)] == [
+        f"a red circle{end}",
+        f"zebra 42, été{end}",
+    ]
     assert result.input_ids.count(processor.image_token_id) == processor.num_image_tokens
     assert all(label in (IGNORED, token) for token, label in zip(result.input_ids, result.labels, strict=True))
+
+
+def test_templates_without_marked_answers_give_the_same_labels(processor: MoeVisionProcessor) -> None:
+    record = conversation("<image>\nwhat is this", "a red circle", "is this red", "zebra 42, été")
+    marked = tokenise(record, processor)
+    plain = tiny_model_and_processor()[1]
+    template = plain.tokenizer.chat_template
+    plain.chat_template = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    assert plain.chat_template != template
+    assert tokenise(record, plain) == marked
 
 
 def test_ids_are_the_processors_own(processor: MoeVisionProcessor) -> None:

@@ -41,9 +41,7 @@ def test_answers_are_those_of_generate_one_by_one(tmp_path: Path) -> None:
         text = processor.apply_chat_template(
             [message(turn) for turn in turns], tokenize=False, add_generation_prompt=True
         )
-        inputs = processor(
-            text=[text], images=[load_image(images[0])], add_special_tokens=False, return_tensors="pt"
-        )
+        inputs = processor(text=[text], images=[load_image(images[0])], add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         alone = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

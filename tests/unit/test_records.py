@@ -27,7 +27,10 @@ def write(folder: Path, values: Any, name: str = "data.json") -> Path:
 
 
 def test_json_and_json_lines_give_the_same_records(tmp_path: Path) -> None:
-    values = [good(task="ocr"), good(id="b", image=["a.png", "a.png"], conversations=turns("<image><image>x\u2028", "y"))]
+    values = [
+        good(task="ocr"),
+        good(id="b", image=["a.png", "a.png"], conversations=turns("<image><image>x\u2028", "y")),
+    ]
     records = load_records(write(tmp_path, values))
     lines = tmp_path / "data.jsonl"
     lines.write_text("\n".join(json.dumps(value, ensure_ascii=False) for value in values), encoding="utf-8")

@@ -83,7 +83,9 @@ def test_only_named_groups_move(tmp_path: Path) -> None:
     values["stages"][0]["train"] = {"experts.sam": 1e-2}
     after = weights(train(TrainConfig.model_validate(values), tmp_path / "out"))
     before, _ = runner_model(values)
-    moved = {name for name, value in before.state_dict().items() if name in after and not torch.equal(after[name], value)}
+    moved = {
+        name for name, value in before.state_dict().items() if name in after and not torch.equal(after[name], value)
+    }
     assert moved and all(name.startswith("model.vision_tower.experts.sam.") for name in moved)
 
 
@@ -192,7 +194,9 @@ def test_a_checkpoint_of_another_composition_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "same")
     check_keys(tmp_path / "same", model)
     state = weights(tmp_path / "same")
-    state["model.vision_tower.experts.dino.weight"] = state.pop("model.multi_modal_projector.overview.0.weight", torch.ones(1))
+    state["model.vision_tower.experts.dino.weight"] = state.pop(
+        "model.multi_modal_projector.overview.0.weight", torch.ones(1)
+    )
     (tmp_path / "other").mkdir()
     save_file(state, tmp_path / "other" / "model.safetensors")
     with pytest.raises(OutputError, match=r"experts\.dino"):

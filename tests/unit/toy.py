@@ -44,11 +44,21 @@ def write_data(folder: Path, count: int = 8) -> Path:
     for i in range(count):
         colour = COLOURS[i % len(COLOURS)]
         Image.new("RGB", (20 + i, 30), colour).save(folder / f"{i}.png")
-        turns = [("<image>\nwhich colour is it", colour), ("is it black", "yes" if colour == "black" else "no")]
+        turns = [
+            ("<image>\nwhich colour is it", colour),
+            ("is it black", "yes" if colour == "black" else "no"),
+        ]
         conversation = []
         for question, answer in turns:
             conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append({"id": i, "image": f"{i}.png", "conversations": conversation, "task": "dark" if i % 2 else "light"})
+        records.append(
+            {
+                "id": i,
+                "image": f"{i}.png",
+                "conversations": conversation,
+                "task": "dark" if i % 2 else "light",
+            }
+        )
     path = folder / "data.json"
     path.write_text(json.dumps(records), encoding="utf-8")
     return path

@@ -21,7 +21,9 @@ app = typer.Typer(
     "Start with [bold]moe-vision quickstart[/bold], then [bold]show[/bold] a config, [bold]train[/bold] it, "
     "[bold]eval[/bold]uate it, [bold]generate[/bold] answers, [bold]export[/bold] it.",
 )
-micro_app = typer.Typer(no_args_is_help=True, help="The miniature experts and language model that ship with the package.")
+micro_app = typer.Typer(
+    no_args_is_help=True, help="The miniature experts and language model that ship with the package."
+)
 app.add_typer(micro_app, name="micro")
 
 Overrides = Annotated[
@@ -107,8 +109,12 @@ def is_train_config(path: Path) -> bool:
 def train(
     config: Annotated[Path, typer.Argument(help="A train config, in YAML.")],
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; the same call resumes it.")] = Path("run"),
-    data: Annotated[Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; the same call resumes it.")] = Path(
+        "run"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths of --data start from.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -157,7 +163,9 @@ def evaluate_command(
 def generate(
     model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; give it again for more.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture; give it again for more.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
     as_json: AsJson = False,
 ) -> None:
@@ -206,11 +214,12 @@ def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of printing.")] = None,
 ) -> None:
     """Print the JSON Schema that editors complete and check config files with."""
+    from moe_vision.config import Config
     from moe_vision.modeling.model_config import ModelConfig
     from moe_vision.registry import suggest
     from moe_vision.training.schedule import TrainConfig
 
-    kinds = {"model": ModelConfig, "train": TrainConfig}
+    kinds: dict[str, type[Config]] = {"model": ModelConfig, "train": TrainConfig}
     if kind not in kinds:
         raise ValueError(f"schema of '{kind}': {suggest(kind, list(kinds))}")
     text = json.dumps(kinds[kind].model_json_schema(), indent=2)

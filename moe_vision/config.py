@@ -61,9 +61,7 @@ class Registered:
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         choices: dict[str, core_schema.CoreSchema] = {
             name: core_schema.no_info_before_validator_function(_without_type, handler.generate_schema(cls))
             for name, cls in self.registry.items()
@@ -81,11 +79,7 @@ class Registered:
 
 
 def _without_type(values: Any) -> Any:
-    return (
-        {key: value for key, value in values.items() if key != "type"}
-        if isinstance(values, Mapping)
-        else values
-    )
+    return {key: value for key, value in values.items() if key != "type"} if isinstance(values, Mapping) else values
 
 
 def _instances_pass(source: Any) -> Any:
@@ -120,9 +114,7 @@ def validate(cls: type[ConfigT], values: dict[str, Any], *, source: str, folder:
     try:
         return cls.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(
-            source, [_problem(cls, values, e) for e in error.errors(include_url=False)]
-        ) from None
+        raise ConfigError(source, [_problem(cls, values, e) for e in error.errors(include_url=False)]) from None
 
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -130,9 +122,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in _seen:
         chain = " → ".join(str(p) for p in (*_seen, path))
-        raise ConfigError(
-            str(path), [Problem("base", path.name, "includes itself", f"break the circle {chain}")]
-        )
+        raise ConfigError(str(path), [Problem("base", path.name, "includes itself", f"break the circle {chain}")])
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -140,14 +130,10 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         cure = suggest(path.name, near) if near else f"the folder {path.parent} has no config file"
         raise ConfigError(str(path), [Problem("file", path.name, "no such file", cure)]) from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(
-            str(path), [Problem("file", path.name, f"is not YAML: {error}", "mend its syntax")]
-        ) from None
+        raise ConfigError(str(path), [Problem("file", path.name, f"is not YAML: {error}", "mend its syntax")]) from None
     if not isinstance(values, dict):
         found = type(values).__name__
-        raise ConfigError(
-            str(path), [Problem("file", path.name, f"holds a {found}", "write `key: value` lines")]
-        )
+        raise ConfigError(str(path), [Problem("file", path.name, f"holds a {found}", "write `key: value` lines")])
     base = values.pop("base", None)
     return merge(read_yaml(path.parent / base, (*_seen, path)), values) if base is not None else values
 
@@ -157,11 +143,13 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        mappings = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if mappings and value.get("type", old.get("type")) == old.get("type"):
+        merged[key] = value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("type", old.get("type")) == old.get("type")
+        ):
             merged[key] = merge(old, value)
-        else:
-            merged[key] = value
     return merged
 
 
@@ -193,9 +181,7 @@ def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     value = yaml.safe_load(text)
     if value is None and parents == ["experts"]:
         if last not in node:
-            raise ConfigError(
-                "command line", [Problem(path, last, "no such expert", suggest(last, list(node)))]
-            )
+            raise ConfigError("command line", [Problem(path, last, "no such expert", suggest(last, list(node)))])
         del node[last]
     else:
         node[last] = value

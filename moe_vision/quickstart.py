@@ -44,7 +44,9 @@ def quickstart(output: Path, *, seed: int, overwrite: bool, console: Console) ->
     console.rule("1. pictures")
     data = write_split(output / "data", "train", TRAIN_SCENES, seed)
     test_file = write_split(output / "data", "test", TEST_SCENES, seed)["questions"]
-    console.print(f"{TRAIN_SCENES} + {TEST_SCENES} pictures and LLaVA-format JSON in {output / 'data'}", highlight=False)
+    console.print(
+        f"{TRAIN_SCENES} + {TEST_SCENES} pictures and LLaVA-format JSON in {output / 'data'}", highlight=False
+    )
     test = load_records(test_file)
     scores: dict[str, EvalReport] = {}
     for number, (title, folder, experts) in enumerate(

@@ -58,6 +58,3 @@ def tiny_model(
         for parameter in model.model.language_model.parameters():
             parameter.mul_(4)
     return model, make_processor(config, hf_config, tiny_tokenizer())
-
-
-tiny_model_and_processor = tiny_model

@@ -59,12 +59,13 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
 def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, list[tuple[int, int]]]:
     """Text of a conversation, and where in it each answer begins and, with its end token, ends."""
     messages = [message(turn) for turn in record.turns]
-    template = processor.chat_template or processor.tokenizer.chat_template or ""
+    template: Any = processor.chat_template or processor.tokenizer.chat_template or ""
     if GENERATION_BLOCK.search(template):  # the template marks answers itself: one rendering, not two for each answer
         special = processor.tokenizer.special_tokens_map
-        texts, marked = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [messages], chat_template=template, return_assistant_tokens_mask=True, **special
         )
+        texts, marked = rendered
         text, end_token = texts[0], processor.tokenizer.eos_token or ""
         return text, [(a, b + len(end_token) * text.startswith(end_token, b)) for a, b in marked[0]]
     text = render(processor, messages)

@@ -1,4 +1,4 @@
-"""What every vision expert shares: facts of its checkpoints, one run's choices, and the way from views to a feature map.
+"""What every vision expert shares: facts of its checkpoints, one run's choices, the way from views to a feature map.
 
 A family is one file: a table of `ExpertSpec`s, an `ExpertConfig` registered under the family's name, and an `Expert`
 that writes only `encode`. Views come un-normalised in [0, 1], because each expert has its own size, mean and std.
@@ -107,7 +107,9 @@ class ExpertConfig:
 
 
 class Expert(nn.Module):
-    """A vision encoder as a function from views to one feature map."""
+    """A vision encoder as a function from views to one feature map; `model` is the library's own module."""
+
+    model: nn.Module
 
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
@@ -117,9 +119,7 @@ class Expert(nn.Module):
         """Encode views [V, 3, H, W] in [0, 1] of any size into a FeatureMap [V, C, h, w]."""
         feature_map = FeatureMap(self.encode(self.normalise(self.resize(views))))
         if feature_map.shape != self.config.shape:
-            raise RuntimeError(
-                f"{self.config.type_name} promised {self.config.shape} and gave {feature_map.shape}"
-            )
+            raise RuntimeError(f"{self.config.type_name} promised {self.config.shape} and gave {feature_map.shape}")
         return feature_map
 
     def resize(self, views: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ class ClipExpert(Expert):
         architecture = dict(config.spec.architecture)
         architecture["num_hidden_layers"] += 1 + config.layer
         self.model = CLIPVisionModel(CLIPVisionConfig(**architecture))
-        self.model.post_layernorm = nn.Identity()  # belongs to the pooled output, which nobody reads here
+        self.model.post_layernorm = nn.Identity()  # type: ignore[assignment]  # belongs to the pooled output, which nobody reads here
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / patch, W / patch]; position embeddings are interpolated where the size differs."""

@@ -48,7 +48,7 @@ class ConvNextExpert(Expert):
     def __init__(self, config: ConvNextConfig) -> None:
         super().__init__(config)
         self.model = ConvNextModel(LibraryConfig(**config.spec.architecture))
-        self.model.layernorm = nn.Identity()  # belongs to the pooled output, which nobody reads here
+        self.model.layernorm = nn.Identity()  # type: ignore[assignment]  # belongs to the pooled output, which nobody reads here
         for module in self.model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = config.spec.architecture["layer_norm_eps"]

@@ -48,9 +48,7 @@ class Eva02Config(ExpertConfig):
 
 def rotary_angles(height: int, width: int, head_dim: int, reference: int, like: torch.Tensor) -> torch.Tensor:
     """Angles [height * width, head_dim] of a 2-D rotary embedding, rows then columns, squeezed into 0..reference."""
-    frequencies = 10000.0 ** -(
-        torch.arange(0, head_dim // 2, 2, device=like.device).float() / (head_dim // 2)
-    )
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim // 2, 2, device=like.device).float() / (head_dim // 2))
     rows = torch.arange(height, device=like.device).float() / height * reference
     columns = torch.arange(width, device=like.device).float() / width * reference
     row_angles = (rows[:, None] * frequencies).repeat_interleave(2, dim=-1)[:, None].expand(-1, width, -1)
@@ -81,9 +79,7 @@ class Eva02SelfMixing(nn.Module):
     def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         """[windows, tokens, C] → [windows, tokens, C]."""
         query, key, value = self.q_proj(x) + self.q_bias, self.k_proj(x), self.v_proj(x) + self.v_bias
-        query, key, value = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value)
-        )
+        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
         mixed = F.scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -161,9 +157,7 @@ class Eva02Backbone(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.patch_embed = Eva02PatchEmbedding(hidden_size, patch_size)
         self.blocks = nn.ModuleList(
-            Eva02Block(
-                hidden_size, num_heads, 0 if (i + 1) % global_every == 0 else window_size, rope_reference
-            )
+            Eva02Block(hidden_size, num_heads, 0 if (i + 1) % global_every == 0 else window_size, rope_reference)
             for i in range(depth)
         )
 

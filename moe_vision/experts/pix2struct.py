@@ -50,6 +50,8 @@ class Pix2StructConfig(ExpertConfig):
 
 
 class Pix2StructExpert(Expert):
+    model: Pix2StructVisionModel
+
     def __init__(self, config: Pix2StructConfig) -> None:
         super().__init__(config)
         self.model = Pix2StructVisionModel(Pix2StructVisionConfig(**config.spec.architecture))
@@ -71,12 +73,8 @@ class Pix2StructExpert(Expert):
         """[V, 3, H, W] → [V, C, H / 16, W / 16]."""
         height, width = self.config.shape.grid
         patch = self.config.stride_px
-        blocks = pixels.unflatten(3, (width, patch)).unflatten(
-            2, (height, patch)
-        )  # [V, 3, h, patch, w, patch]
-        patches = (
-            blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        )  # pixels row by row, channels last
+        blocks = pixels.unflatten(3, (width, patch)).unflatten(2, (height, patch))  # [V, 3, h, patch, w, patch]
+        patches = blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # pixels row by row, channels last
         rows = torch.arange(1, height + 1, device=pixels.device).repeat_interleave(width)
         columns = torch.arange(1, width + 1, device=pixels.device).repeat(height)
         positions = torch.stack([rows, columns], dim=-1).to(pixels.dtype).expand(len(pixels), -1, -1)

@@ -30,7 +30,7 @@ def located(source: str) -> str:
 
 
 def load_expert_weights(expert: Expert, pretrained: str) -> None:
-    """Load `pretrained` into `expert`. Raises WeightsError naming every key and shape that differ; never loads partly."""
+    """Load `pretrained` into `expert`, whole or not at all. Raises WeightsError naming what differs."""
     spec = expert.config.spec
     source = spec_source(spec) if pretrained == "default" else pretrained
     found = strip_prefix(read_state_dict(resolve(source, spec)), spec.key_prefix)
@@ -63,9 +63,7 @@ def resolve(source: str, spec: ExpertSpec) -> list[Path]:
         return [path]
     if not path.exists():
         if source.startswith((PACKAGE_SCHEME, "/", ".", "~")) or source.count("/") != 1:
-            raise WeightsError(
-                f"pretrained '{source}': no such file or folder; give a path that exists, or a Hub id"
-            )
+            raise WeightsError(f"pretrained '{source}': no such file or folder; give a path that exists, or a Hub id")
         patterns = [spec.filename] if spec.filename else ["*.safetensors", "*.bin", "*.pth"]
         path = Path(snapshot_download(source, revision=spec.revision, allow_patterns=patterns))
     if spec.filename and (path / spec.filename).is_file():
@@ -89,9 +87,7 @@ def read_state_dict(files: list[Path]) -> dict[str, torch.Tensor]:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
                 state |= loaded.get("model", loaded.get("state_dict", loaded))
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            raise WeightsError(
-                f"'{file}' cannot be read ({error}): it may be truncated, fetch it again"
-            ) from error
+            raise WeightsError(f"'{file}' cannot be read ({error}): it may be truncated, fetch it again") from error
     return state
 
 

@@ -21,8 +21,7 @@ from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS
 PACKAGE = "moe_vision"
 MODULE_NAME = "modeling_moe_vision"
 ROOTS = tuple(
-    f"{PACKAGE}.modeling.{kind}_moe_vision"
-    for kind in ("configuration", "image_processing", "modeling", "processing")
+    f"{PACKAGE}.modeling.{kind}_moe_vision" for kind in ("configuration", "image_processing", "modeling", "processing")
 )
 ALLOWED = frozenset({"torch", "torchvision", "transformers", "PIL", "numpy"}) | sys.stdlib_module_names
 IMPORT_LINE = re.compile(r"\s*(from\s+\.|from\s+\S+\s+import\b|import\s+\S+\s*$)")
@@ -76,9 +75,7 @@ def flatten(config: MoeVisionConfig, plugins: Sequence[Path] = ()) -> str:
         else:
             file = inspect.getsourcefile(sys.modules[module]) if module in sys.modules else None
             if file is None:
-                raise FlattenError(
-                    f"the source of plug-in '{module}' cannot be found: register it from a file"
-                )
+                raise FlattenError(f"the source of plug-in '{module}' cannot be found: register it from a file")
             paths.setdefault(str(Path(file).resolve()), Path(file))
     for path in sorted(paths.values()):
         collect_plugin(path, sources)
@@ -158,12 +155,8 @@ def read(name: str, label: str, text: str) -> Source:
             source.defines |= {alias.split(" = ")[0] for alias in aliases}
         else:
             source.imports |= external_bindings(node)
-        if node.lineno != node.end_lineno and any(
-            ";" in line for line in lines[node.lineno - 1 : node.end_lineno]
-        ):
-            raise FlattenError(
-                f"{label}:{node.lineno}: an import shares its line with another statement; split them"
-            )
+        if node.lineno != node.end_lineno and any(";" in line for line in lines[node.lineno - 1 : node.end_lineno]):
+            raise FlattenError(f"{label}:{node.lineno}: an import shares its line with another statement; split them")
         lines[node.lineno - 1 : node.end_lineno] = aliases
     source.needs = list(dict.fromkeys(source.needs))
     source.body = "\n".join(lines)
@@ -173,9 +166,7 @@ def read(name: str, label: str, text: str) -> Source:
 def is_package_import(node: ast.AST) -> bool:
     if isinstance(node, ast.Import):
         return any(alias.name.split(".")[0] == PACKAGE for alias in node.names)
-    return isinstance(node, ast.ImportFrom) and (
-        node.level > 0 or (node.module or "").split(".")[0] == PACKAGE
-    )
+    return isinstance(node, ast.ImportFrom) and (node.level > 0 or (node.module or "").split(".")[0] == PACKAGE)
 
 
 def check_imports(tree: ast.Module, label: str) -> None:
@@ -187,26 +178,16 @@ def check_imports(tree: ast.Module, label: str) -> None:
             continue
         where = f"{label}:{node.lineno}: `{ast.unparse(node)}`"
         if is_package_import(node):
-            if (
-                isinstance(node, ast.Import)
-                or node.level > 0
-                or any(alias.name == "*" for alias in node.names)
-            ):
-                raise FlattenError(
-                    f"{where} cannot be resolved inside one file: write `from {PACKAGE}.x import name`"
-                )
+            if isinstance(node, ast.Import) or node.level > 0 or any(alias.name == "*" for alias in node.names):
+                raise FlattenError(f"{where} cannot be resolved inside one file: write `from {PACKAGE}.x import name`")
             if id(node) not in top:
-                raise FlattenError(
-                    f"{where} is not at the top of its file: exported modules import there only"
-                )
+                raise FlattenError(f"{where} is not at the top of its file: exported modules import there only")
             continue
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             raise FlattenError(f"{where} would change every other module of the file: remove it")
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
             raise FlattenError(f"{where} hides what it binds: name what you import")
-        modules = (
-            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-        )
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         for module in modules:
             if module.split(".")[0] not in ALLOWED and id(node) not in guarded:
                 raise FlattenError(
@@ -304,9 +285,7 @@ def check_clashes(sources: Sequence[Source]) -> None:
                 )
     for name in ("announce",):
         if name in owners:
-            raise FlattenError(
-                f"'{name}' of {owners[name][0].label} is a name of the exported file's own: rename it"
-            )
+            raise FlattenError(f"'{name}' of {owners[name][0].label} is a name of the exported file's own: rename it")
 
 
 def merged_imports(sources: Sequence[Source]) -> str:

@@ -116,17 +116,13 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     """Raise ExportError where writing to `destination` would lose something."""
     here, there = source.resolve(), destination.resolve()
     if here == there or there in here.parents:
-        raise ExportError(
-            f"the destination '{destination}' holds the source '{source}': choose another folder"
-        )
+        raise ExportError(f"the destination '{destination}' holds the source '{source}': choose another folder")
     if destination.exists() and not destination.is_dir():
         raise ExportError(f"the destination '{destination}' is a file: choose another name")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if not overwrite:
-        raise ExportError(
-            f"the destination '{destination}' is not empty: choose another folder, or overwrite it"
-        )
+        raise ExportError(f"the destination '{destination}' is not empty: choose another folder, or overwrite it")
     if not (destination / "config.json").is_file():
         raise ExportError(
             f"the destination '{destination}' is no model folder and will not be overwritten: choose another"
@@ -150,9 +146,7 @@ def write_folder(
     values = read_json(folder / "processor_config.json")
     parts = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
     image_values = {**values["image_processor"], "auto_map": parts}
-    write_json(
-        folder / "processor_config.json", {**values, "auto_map": parts, "image_processor": image_values}
-    )
+    write_json(folder / "processor_config.json", {**values, "auto_map": parts, "image_processor": image_values})
     (folder / "README.md").write_text(model_card(model, processor, metrics), encoding="utf-8")
     pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
     if pickles:
@@ -196,9 +190,7 @@ def run_selftest(
     return json.loads(child.stdout.strip().splitlines()[-1])
 
 
-def write_fixture(
-    folder: Path, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor
-) -> None:
+def write_fixture(folder: Path, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor) -> None:
     """Write one picture, one question and what the source model makes of them."""
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "image.png")

@@ -31,9 +31,7 @@ def check(folder: Path, fixture: Path) -> dict[str, Any]:
     expected = load_file(fixture / "expected.safetensors")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     model, info = loaded
     wrong = {kind: [str(key) for key in keys][:8] for kind, keys in info.items() if keys}
     if wrong:
@@ -51,9 +49,7 @@ def check(folder: Path, fixture: Path) -> dict[str, Any]:
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     difference = (logits - expected["logits"]).abs().max().item()
     if not difference <= settings["atol"]:  # written so that NaN fails
-        raise RuntimeError(
-            f"logits differ by up to {difference} from the source model's; at most {settings['atol']}"
-        )
+        raise RuntimeError(f"logits differ by up to {difference} from the source model's; at most {settings['atol']}")
     return {
         "max_difference": difference,
         "new_tokens": generated.shape[1] - inputs["input_ids"].shape[1],

@@ -20,9 +20,7 @@ class FusionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the registered name as `type`."""
-        values = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"type": self.type_name, **values}
 
 

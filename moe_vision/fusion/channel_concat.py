@@ -32,9 +32,7 @@ class ChannelConcatConfig(MixerConfig):
         """Each expert's shape on the common grid."""
         for name in self.resample:
             if name not in inputs:
-                raise ValueError(
-                    f"resample names an expert that is not mixed, '{name}': {suggest(name, list(inputs))}"
-                )
+                raise ValueError(f"resample names an expert that is not mixed, '{name}': {suggest(name, list(inputs))}")
         shapes = {}
         for name, shape in inputs.items():
             try:

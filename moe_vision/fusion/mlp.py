@@ -39,17 +39,11 @@ class MlpConfig(AdapterConfig):
         if self.pool == 1:
             return TokenShape(inputs.num_tokens, hidden_size, inputs.grid)
         if inputs.grid is None:
-            raise ValueError(
-                f"pool {self.pool} of mlp needs tokens on a raster; this mixer gives none: set pool to 1"
-            )
+            raise ValueError(f"pool {self.pool} of mlp needs tokens on a raster; this mixer gives none: set pool to 1")
         height, width = inputs.grid
         if height % self.pool or width % self.pool:
-            fits = [
-                side for side in range(1, min(inputs.grid) + 1) if height % side == 0 and width % side == 0
-            ]
-            raise ValueError(
-                f"pool {self.pool} of mlp does not divide the grid {list(inputs.grid)}; these do: {fits}"
-            )
+            fits = [side for side in range(1, min(inputs.grid) + 1) if height % side == 0 and width % side == 0]
+            raise ValueError(f"pool {self.pool} of mlp does not divide the grid {list(inputs.grid)}; these do: {fits}")
         grid = (height // self.pool, width // self.pool)
         return TokenShape(grid[0] * grid[1], hidden_size, grid)
 

@@ -37,7 +37,8 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    hf_config = config.hf_config(tokenizer.convert_tokens_to_ids(tokenizer.image_token))
+    image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+    hf_config = config.hf_config(image_token_id)
     model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
     for name, expert in config.experts.items():
         if expert.pretrained is not None:
@@ -64,12 +65,8 @@ def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: A
     """The processor whose placeholder count and canvas are derived from the model's config."""
     vision = hf_config.vision_config
     height, width = vision.canvas_size()
-    tokens = vision.adapter("overview").shape(
-        vision.mixed_shape("overview"), hf_config.text_config.hidden_size
-    )
-    image_processor = MoeVisionImageProcessor(
-        size={"height": height, "width": width}, do_pad=config.image_fit == "pad"
-    )
+    tokens = vision.adapter("overview").shape(vision.mixed_shape("overview"), hf_config.text_config.hidden_size)
+    image_processor = MoeVisionImageProcessor(size={"height": height, "width": width}, do_pad=config.image_fit == "pad")
     return MoeVisionProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -85,10 +82,9 @@ def load(folder: Path | str) -> tuple[MoeVisionForConditionalGeneration, MoeVisi
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"'{folder}' is no model folder: it has no config.json; give a run's model/ or an export"
-        )
-    model, info = MoeVisionForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        raise ValueError(f"'{folder}' is no model folder: it has no config.json; give a run's model/ or an export")
+    loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
     if wrong:
         details = "; ".join(f"{kind.removesuffix('_keys')}: {keys[:4]}" for kind, keys in wrong.items())

@@ -89,9 +89,7 @@ class MoeVisionConfig(PreTrainedConfig):
                 "upgrade moe-vision"
             )
         if isinstance(vision_config, dict):
-            vision_config = MoeVisionVisionConfig(
-                **{k: v for k, v in vision_config.items() if k != "model_type"}
-            )
+            vision_config = MoeVisionVisionConfig(**{k: v for k, v in vision_config.items() if k != "model_type"})
         if isinstance(text_config, dict):
             values = {k: v for k, v in text_config.items() if k != "model_type"}
             text_config = AutoConfig.for_model(text_config["model_type"], **values)
@@ -101,4 +99,4 @@ class MoeVisionConfig(PreTrainedConfig):
         self.moe_vision_format = moe_vision_format
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{**kwargs, "tie_word_embeddings": tie_word_embeddings})

@@ -1,6 +1,5 @@
 """What a composition costs, before a weight exists: parameters, tokens and FLOPs, counted on the meta device."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,17 +66,15 @@ def cost(config: ModelConfig) -> CostTable:
             parts.append(
                 PartCost(
                     f"experts.{name}", f"{expert.type_name} {expert.variant}", expert.size, expert.shape.grid,
-                    expert.channels, count(module), flops_of(lambda m=module, v=view: m(v)),
+                    expert.channels, count(module), flops_of(module, view),
                 )
             )  # fmt: skip
-        inputs = {
-            name: FeatureMap(torch.empty(1, shape.channels, *shape.grid)) for name, shape in maps.items()
-        }
+        inputs = {name: FeatureMap(torch.empty(1, shape.channels, *shape.grid)) for name, shape in maps.items()}
         mixer = branch.mixer.build(maps)
         parts.append(
             PartCost(
                 "mixers.overview", branch.mixer.type_name, None, mixed.grid, mixed.channels, count(mixer),
-                flops_of(lambda: mixer(inputs)),
+                flops_of(mixer, inputs),
             )
         )  # fmt: skip
         adapter = branch.adapter.build(mixed, text_config.hidden_size)
@@ -85,7 +82,7 @@ def cost(config: ModelConfig) -> CostTable:
         parts.append(
             PartCost(
                 "adapters.overview", branch.adapter.type_name, None, tokens.grid, tokens.channels, count(adapter),
-                flops_of(lambda: adapter(visual)),
+                flops_of(adapter, visual),
             )
         )  # fmt: skip
         language_model = AutoModelForCausalLM.from_config(text_config)
@@ -96,7 +93,7 @@ def cost(config: ModelConfig) -> CostTable:
             PartCost(
                 "language_model", f"{text_config.model_type}, {tokens.num_tokens} + {TEXT_TOKENS} tokens", None, None,
                 text_config.hidden_size, count(language_model),
-                flops_of(lambda: language_model(inputs_embeds=embedded, attention_mask=causal, use_cache=False)),
+                flops_of(language_model, inputs_embeds=embedded, attention_mask=causal, use_cache=False),
             )
         )  # fmt: skip
     return CostTable(parts, tokens.num_tokens)
@@ -107,8 +104,8 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops_of(run: Callable[[], object]) -> int:
+def flops_of(module: nn.Module, *inputs: Any, **options: Any) -> int:
     """FLOPs of matrix products and convolutions in one call."""
     with FlopCounterMode(display=False) as counter:
-        run()
+        module(*inputs, **options)
     return counter.get_total_flops()

@@ -32,7 +32,7 @@ class MoeVisionImageProcessor(TorchvisionBackend):
         right, bottom = target_width - image_width - left, target_height - image_height - top
         return tvf.pad(image, [left, top, right, bottom], fill=PADDING_GREY)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self, images, do_resize, size, resample, do_rescale, rescale_factor, do_pad, return_tensors, **kwargs
     ):
         """[3, H, W] in 0..255 each → pixel_values [V, 3, height, width] in [0, 1]."""

@@ -32,7 +32,7 @@ class BranchesConfig(Config):
 
 
 class LanguageModelConfig(Config):
-    """pretrained: Hub id, local folder, or `moe_vision:…` for one that ships with this package; null for random weights.
+    """pretrained: Hub id, local folder, or `moe_vision:…` for one that ships with the package; null for random weights.
 
     architecture: values of a transformers config, needed only where the source's own config cannot be read (offline
     cost tables, random weights). image_token: placeholder in prompts, added to the tokenizer if it lacks one.
@@ -86,8 +86,7 @@ class ModelConfig(Config):
         if not isinstance(experts, dict):
             return experts
         return {
-            name: {"type": name, **values} if isinstance(values, dict) else values
-            for name, values in experts.items()
+            name: {"type": name, **values} if isinstance(values, dict) else values for name, values in experts.items()
         }
 
     @field_validator("experts", mode="after")
@@ -100,12 +99,8 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
-        mixed = self.branches.overview.mixer.shape(
-            {name: expert.shape for name, expert in self.experts.items()}
-        )
-        self.branches.overview.adapter.shape(
-            mixed, hidden_size=1
-        )  # its width does not change whether it fits
+        mixed = self.branches.overview.mixer.shape({name: expert.shape for name, expert in self.experts.items()})
+        self.branches.overview.adapter.shape(mixed, hidden_size=1)  # its width does not change whether it fits
         return self
 
     def hf_config(self, image_token_id: int = 0) -> MoeVisionConfig:

@@ -38,9 +38,10 @@ class MoeVisionCausalLMOutput(ModelOutput):
 
 class MoeVisionPreTrainedModel(PreTrainedModel):
     config_class = MoeVisionConfig
+    config: MoeVisionConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoeVisionTower"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -55,8 +56,9 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
         # Experts and the language model draw their own weights when they are built; this runs again for the whole
         # only on what `from_pretrained` did not find, and for buffers that no checkpoint holds.
         super()._init_weights(module)
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        draw: Any = getattr(module, "init_non_persistent_buffers", None)
+        if draw is not None:
+            draw()
 
 
 class MoeVisionTower(nn.Module):
@@ -64,9 +66,7 @@ class MoeVisionTower(nn.Module):
 
     def __init__(self, config: MoeVisionVisionConfig) -> None:
         super().__init__()
-        self.experts = nn.ModuleDict(
-            {name: expert.build() for name, expert in config.expert_configs().items()}
-        )
+        self.experts = nn.ModuleDict({name: expert.build() for name, expert in config.expert_configs().items()})
         maps = config.map_shapes()
         self.mixers = nn.ModuleDict({branch: config.mixer(branch).build(maps) for branch in config.branches})
 
@@ -90,10 +90,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         vision, width = config.vision_config, config.text_config.hidden_size
         self.vision_tower = MoeVisionTower(vision)
         self.multi_modal_projector = nn.ModuleDict(
-            {
-                branch: vision.adapter(branch).build(vision.mixed_shape(branch), width)
-                for branch in vision.branches
-            }
+            {branch: vision.adapter(branch).build(vision.mixed_shape(branch), width) for branch in vision.branches}
         )
         self.mixed_grid = vision.mixed_shape("overview").grid
         self.language_model = AutoModel.from_config(config.text_config)

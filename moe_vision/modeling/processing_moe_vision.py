@@ -28,9 +28,7 @@ class MoeVisionProcessor(ProcessorMixin):
         """As `ProcessorMixin.__call__`; empty lists of images, videos and audio count as none."""
         kwargs = {key: value for key, value in kwargs.items() if key != "audios" or value}
         images = None if isinstance(images, (list, tuple)) and not any_image(images) else images
-        return super().__call__(
-            images=images, text=text, videos=videos or None, audio=audio or None, **kwargs
-        )
+        return super().__call__(images=images, text=text, videos=videos or None, audio=audio or None, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Placeholders of image `image_idx`."""

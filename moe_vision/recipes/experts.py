@@ -128,7 +128,7 @@ class Objective(nn.Module):
         if self.recipe.contrast:
             # Words of every cell with its place, as in a caption that names them all.
             facts = pictures.facts[rows]
-            text = self.text(self.words(facts.flatten(0, 1)).unflatten(0, facts.shape[:2])) .mean(1)
+            text = self.text(self.words(facts.flatten(0, 1)).unflatten(0, facts.shape[:2])).mean(1)
             image = self.image(cells).mean(1)
             scores = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * self.temperature.exp()
             target = torch.arange(len(rows))
@@ -150,9 +150,7 @@ def pretrain(
     objective = Objective(recipe, channels, channels * quarters)
     parameters = [*expert.parameters(), *objective.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     for step in range(steps):

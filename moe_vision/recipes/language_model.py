@@ -56,9 +56,7 @@ def batch(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tens
     return ids, labels
 
 
-def logits_of(
-    model: LlamaForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, image_token_id: int
-) -> torch.Tensor:
+def logits_of(model: LlamaForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
     """Logits [B, T, vocabulary] with cell vectors [B, 16, D] on the image tokens of ids [B, T]."""
     embedded = model.get_input_embeddings()(ids)
     mask = (ids == image_token_id).unsqueeze(-1)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import yaml
@@ -140,7 +141,7 @@ def run_stage(
     )
     features = None
     if stage.cache_features and not any(group.startswith(("experts.", "mixers")) for group in rates):
-        features = encode_once(model.to(arguments.device), processor, records, stage)
+        features = encode_once(cast(Any, model).to(arguments.device), processor, records, stage)
     trainer = GroupTrainer(
         model=model,
         args=arguments,

@@ -1,12 +1,13 @@
 """A thin `transformers.Trainer`: its own rate for every group, and frozen parts that stay in evaluation mode."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
 
+from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.training.groups import group_modules, optimizer_groups, parameter_groups
 
 
@@ -19,7 +20,9 @@ class GroupTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = optimizer_groups(self.model, self.rates, self.args.weight_decay)
+            groups = optimizer_groups(
+                cast(MoeVisionForConditionalGeneration, self.model), self.rates, self.args.weight_decay
+            )
             self.optimizer = torch.optim.AdamW(groups, betas=(self.args.adam_beta1, self.args.adam_beta2))
         return self.optimizer
 

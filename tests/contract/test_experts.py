@@ -71,7 +71,10 @@ def test_any_view_gives_the_promised_shape(name: str, size: tuple[int, int]) -> 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "sam"])
 def test_rectangular_inputs(name: str) -> None:
     config = micro(name, image_size=(64, 96))
-    assert config.build().eval()(torch.rand(1, 3, 64, 96)).shape.grid == (64 // config.stride_px, 96 // config.stride_px)
+    assert config.build().eval()(torch.rand(1, 3, 64, 96)).shape.grid == (
+        64 // config.stride_px,
+        96 // config.stride_px,
+    )
 
 
 def test_sam_refuses_another_size() -> None:

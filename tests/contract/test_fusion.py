@@ -59,7 +59,9 @@ def test_concat_of_one_expert_is_that_expert() -> None:
 def test_concat_keeps_the_order_and_rows() -> None:
     a, b = torch.zeros(1, 1, 2, 2), torch.arange(4.0).view(1, 1, 2, 2)
     config = MIXERS["channel_concat"](grid=(2, 2))
-    tokens = config.build({"a": MapShape(1, (2, 2)), "b": MapShape(1, (2, 2))})({"a": FeatureMap(a), "b": FeatureMap(b)})
+    tokens = config.build({"a": MapShape(1, (2, 2)), "b": MapShape(1, (2, 2))})(
+        {"a": FeatureMap(a), "b": FeatureMap(b)}
+    )
     assert tokens.data[0].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from moe_vision.export import ExportError, ExportReport, export, hf
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from tests.tiny import tiny_model_and_processor
+from tests.tiny import tiny_model
 
 ALL = ("clip", "convnext", "pix2struct", "eva02", "sam")
 
@@ -19,7 +19,7 @@ ALL = ("clip", "convnext", "pix2struct", "eva02", "sam")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's output with its model/ folder, all five experts."""
     folder = tmp_path_factory.mktemp("run")
-    model, processor = tiny_model_and_processor(ALL)
+    model, processor = tiny_model(ALL)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return folder

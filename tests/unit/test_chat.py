@@ -10,13 +10,13 @@ from moe_vision.data.chat import IGNORED, message, tokenise
 from moe_vision.data.collate import Collator, ConversationDataset
 from moe_vision.data.records import Record, Turn, load_records
 from moe_vision.modeling import MoeVisionProcessor
-from tests.tiny import tiny_model_and_processor
+from tests.tiny import tiny_model
 from tests.unit.toy import write_data
 
 
 @pytest.fixture(scope="module")
 def processor() -> MoeVisionProcessor:
-    return tiny_model_and_processor()[1]
+    return tiny_model()[1]
 
 
 def conversation(*texts: str, images: int = 1) -> Record:
@@ -50,7 +50,7 @@ def test_labels_are_the_answers_with_their_end(processor: MoeVisionProcessor) ->
 def test_templates_without_marked_answers_give_the_same_labels(processor: MoeVisionProcessor) -> None:
     record = conversation("<image>\nwhat is this", "a red circle", "is this red", "zebra 42, été")
     marked = tokenise(record, processor)
-    plain = tiny_model_and_processor()[1]
+    plain = tiny_model()[1]
     template = plain.tokenizer.chat_template
     plain.chat_template = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     assert plain.chat_template != template
@@ -72,7 +72,7 @@ def test_markers_become_image_parts() -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    processor = tiny_model_and_processor()[1]
+    processor = tiny_model()[1]
     processor.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         tokenise(conversation("what", "red", "what", "red", images=0), processor)

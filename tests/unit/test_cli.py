@@ -14,7 +14,9 @@ from tests.tiny import tiny_model, tiny_values
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
     """Exit code, standard output, standard error of one command."""
     monkeypatch.setattr(sys, "argv", ["moe-vision", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "200")

@@ -52,7 +52,9 @@ def test_misspelt_key_at_three_depths_comes_at_once_with_the_nearest_names() -> 
 def test_unknown_type() -> None:
     values = tiny_values()
     values["branches"]["overview"]["adapter"]["type"] = "mpl"
-    assert problems(values) == ["branches.overview.adapter.type = 'mpl': unknown type 'mpl'; did you mean 'mlp'? (known: mlp)"]
+    assert problems(values) == [
+        "branches.overview.adapter.type = 'mpl': unknown type 'mpl'; did you mean 'mlp'? (known: mlp)"
+    ]
 
 
 def test_unknown_variant() -> None:
@@ -82,11 +84,13 @@ def test_missing_file_names_the_nearest() -> None:
 def test_plugin_that_does_not_import(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import not_a_module")
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"plugins": ["mine.py"], **tiny_values()}))
-    with pytest.raises(ConfigError, match=r"mine.py.*does not import: ModuleNotFoundError.*not_a_module.*mend the file"):
+    with pytest.raises(
+        ConfigError, match=r"mine.py.*does not import: ModuleNotFoundError.*not_a_module.*mend the file"
+    ):
         load_config(ModelConfig, tmp_path / "model.yaml")
 
 
-PLUGIN = '''
+PLUGIN = """
 from dataclasses import dataclass
 from moe_vision.experts import ClipConfig, EXPERTS
 
@@ -94,7 +98,7 @@ from moe_vision.experts import ClipConfig, EXPERTS
 @dataclass(frozen=True, kw_only=True)
 class MyClip(ClipConfig):
     strength: float = 1.0
-'''
+"""
 
 
 def test_plugin_registers_an_expert(tmp_path: Path) -> None:

@@ -30,9 +30,7 @@ def source(text: str, name: str = "moe_vision.a") -> Source:
 
 def test_flatten_keeps_only_what_the_model_uses() -> None:
     text = flatten(tiny_config(("clip",)))
-    assert (
-        "class ClipExpert" in text and "class ChannelConcat(" in text and "class MoeVisionProcessor" in text
-    )
+    assert "class ClipExpert" in text and "class ChannelConcat(" in text and "class MoeVisionProcessor" in text
     for absent in (
         "SamExpert",
         "Eva02Expert",
@@ -70,9 +68,7 @@ def test_flatten_runs_with_a_registry_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert module.EXPERTS is not EXPERTS
 
 
-@pytest.mark.parametrize(
-    "statement", ["import timm", "from einops import rearrange", "def f():\n    import timm"]
-)
+@pytest.mark.parametrize("statement", ["import timm", "from einops import rearrange", "def f():\n    import timm"])
 def test_foreign_import_is_refused(statement: str) -> None:
     with pytest.raises(FlattenError, match=r"moe_vision\.a\.py:\d+: `.*(timm|einops)"):
         source(statement)
@@ -95,9 +91,7 @@ def test_what_one_file_cannot_keep_is_refused(statement: str) -> None:
 
 
 def test_aliases() -> None:
-    parsed = source(
-        "import numpy as np\nfrom moe_vision.types import MapShape as Shape\nfrom torch import nn as n\n"
-    )
+    parsed = source("import numpy as np\nfrom moe_vision.types import MapShape as Shape\nfrom torch import nn as n\n")
     assert "Shape = MapShape" in parsed.body and parsed.needs == ["moe_vision.types"]
     assert merged_imports([parsed]) == "import numpy as np\nfrom torch import nn as n"
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from moe_vision.config import load_config, validate
 from moe_vision.data.chat import message, render
-from moe_vision.data.records import Turn
+from moe_vision.data.records import Turn, load_records
 from moe_vision.evaluation import answer, evaluate
-from moe_vision.data.records import load_records
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import cost, count
-from moe_vision.config import load_config, validate
 from moe_vision.modeling.model_config import ModelConfig
 from tests.tiny import tiny_model, tiny_values
 
@@ -43,9 +42,16 @@ def test_left_padded_batch_equals_one_by_one(tiny: tuple) -> None:
     texts = [prompt(processor, text) for text in texts]
     images = [picture(seed) for seed in range(3)]
     together = model.generate(**inputs(processor, texts, images), max_new_tokens=6, do_sample=False)[:, -6:]
-    parts = [inputs(processor, texts[:1], images[:1]), inputs(processor, texts[1:2], []), inputs(processor, texts[2:], images[1:])]
+    parts = [
+        inputs(processor, texts[:1], images[:1]),
+        inputs(processor, texts[1:2], []),
+        inputs(processor, texts[2:], images[1:]),
+    ]
     for row, part in zip(together, parts, strict=True):
-        assert model.generate(**part, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, -6:].tolist()[:2] == row.tolist()[:2]
+        assert (
+            model.generate(**part, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, -6:].tolist()[:2]
+            == row.tolist()[:2]
+        )
 
 
 def test_padding_does_not_change_logits(tiny: tuple) -> None:
@@ -76,7 +82,7 @@ def test_wrong_number_of_placeholders_is_an_error(tiny: tuple) -> None:
     batch = inputs(processor, [prompt(processor, "<image>read label")], [picture(0)])
     batch["input_ids"] = batch["input_ids"][:, 3:]
     batch["attention_mask"] = batch["attention_mask"][:, 3:]
-    with pytest.raises(ValueError, match="the text has 3 image placeholders .* the images give 4 visual tokens"):
+    with pytest.raises(ValueError, match=r"the text has 3 image placeholders .* the images give 4 visual tokens"):
         model(**batch)
 
 

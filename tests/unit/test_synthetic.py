@@ -27,10 +27,7 @@ def test_scenes_and_pictures_are_functions_of_their_seed():
 
 def test_no_scene_is_in_two_splits_nor_of_two_seeds():
     drawn = [
-        scene_seed(split, index, seed)
-        for split in SPLITS
-        for seed in (0, 1, 20, 99)
-        for index in (0, 1, 5_000, 99_999)
+        scene_seed(split, index, seed) for split in SPLITS for seed in (0, 1, 20, 99) for index in (0, 1, 5_000, 99_999)
     ]
     assert len(set(drawn)) == len(drawn)
     last = {split: scene_seed(split, 99_999, 99) for split in SPLITS}

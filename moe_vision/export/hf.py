@@ -38,7 +38,7 @@ AUTO_MAP = {
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """An export that was refused or that failed its self-test; nothing was left at the destination."""
 
 
@@ -87,9 +87,8 @@ def export(
     if (source / "model" / "config.json").is_file():
         source = source / "model"
     check_destination(source, destination, overwrite)
-    model, processor = load(source)
-    if dtype is not None:
-        torch.nn.Module.to(model, DTYPES[dtype])  # in place; transformers' own `to` has no usable type
+    # Loaded in the dtype and not cast to it: a cast would round buffers that loading keeps in fp32.
+    model, processor = load(source, DTYPES[dtype] if dtype is not None else None)
     code = flatten(model.config, plugins)
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"

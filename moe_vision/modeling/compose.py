@@ -75,15 +75,19 @@ def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: A
     )
 
 
-def load(folder: Path | str) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
-    """Read a fused model and its processor from a folder that training or export wrote.
+def load(
+    folder: Path | str, dtype: torch.dtype | None = None
+) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
+    """Read a fused model and its processor from a folder that training or export wrote; the saved dtype by default.
 
     Raises ValueError if the folder is not one, or if its weights and its config do not belong together.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' is no model folder: it has no config.json; give a run's model/ or an export")
-    loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype or "auto", output_loading_info=True
+    )
     model, info = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
     if wrong:

@@ -104,4 +104,4 @@ def test_export_that_exists(monkeypatch, capsys, folder: Path, tmp_path: Path) -
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")
     code, _, err = run(monkeypatch, capsys, "export", folder, "-o", tmp_path / "out")
-    assert code == 2 and "exists and is not empty: choose another" in err
+    assert code == 2 and "is not empty: choose another folder" in err

@@ -10,12 +10,12 @@ import torch
 from moe_vision.data.chat import message
 from moe_vision.data.records import load_image, load_records
 from moe_vision.evaluation import answer, evaluate, generate
-from tests.tiny import tiny_model_and_processor
+from tests.tiny import tiny_model
 from tests.unit.toy import write_data
 
 
 def test_scores_by_task(tmp_path: Path) -> None:
-    model, processor = tiny_model_and_processor()
+    model, processor = tiny_model()
     records = load_records(write_data(tmp_path, 4))
     said = ["no", " no ", "yes", "yes"]  # right: no, no, no, yes
     with patch("moe_vision.evaluation.generate", return_value=said):
@@ -27,11 +27,11 @@ def test_scores_by_task(tmp_path: Path) -> None:
 
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(ValueError, match="no record"):
-        evaluate(*tiny_model_and_processor(), [])
+        evaluate(*tiny_model(), [])
 
 
 def test_answers_are_those_of_generate_one_by_one(tmp_path: Path) -> None:
-    model, processor = tiny_model_and_processor()
+    model, processor = tiny_model()
     records = load_records(write_data(tmp_path, 3))
     prompts = [(record.turns[:n], record.images) for record in records for n in (1, 3)]
     with patch.object(model.model.vision_tower, "forward", wraps=model.model.vision_tower.forward) as tower:
@@ -49,7 +49,7 @@ def test_answers_are_those_of_generate_one_by_one(tmp_path: Path) -> None:
 
 
 def test_one_question(tmp_path: Path) -> None:
-    model, processor = tiny_model_and_processor()
+    model, processor = tiny_model()
     write_data(tmp_path, 1)
     picture = [tmp_path / "0.png"]
     assert answer(model, processor, "what", picture, 4) == answer(model, processor, "<image>what", picture, 4)

@@ -16,7 +16,7 @@ from moe_vision.training.groups import freeze_all_but, learning_rates, optimizer
 from moe_vision.training.runner import OutputError, check_keys, train
 from moe_vision.training.schedule import TrainConfig
 from moe_vision.training.trainer import GroupTrainer
-from tests.tiny import tiny_model_and_processor
+from tests.tiny import tiny_model
 from tests.unit.toy import train_values
 
 
@@ -168,7 +168,7 @@ def test_data_that_is_missing_is_told_before_work(tmp_path: Path) -> None:
 
 
 def test_groups_cover_every_parameter_once() -> None:
-    model, _ = tiny_model_and_processor()
+    model, _ = tiny_model()
     groups = parameter_groups(model)
     assert sum(len(members) for members in groups.values()) == len(list(model.parameters()))
     assert groups["mixers"] == [] and groups["experts.clip"] and groups["adapters"] and groups["language_model"]
@@ -178,7 +178,7 @@ def test_groups_cover_every_parameter_once() -> None:
 
 
 def test_rates_are_inherited_and_wrong_groups_named() -> None:
-    model, _ = tiny_model_and_processor()
+    model, _ = tiny_model()
     rates = learning_rates(model, {"experts.sam": 1e-3, "experts": 1e-5})
     assert rates == {"experts.clip": 1e-5, "experts.sam": 1e-3}
     assert {group["lr"] for group in optimizer_groups(model, rates, 0.1)} == {1e-5, 1e-3}
@@ -190,7 +190,7 @@ def test_rates_are_inherited_and_wrong_groups_named() -> None:
 
 
 def test_a_checkpoint_of_another_composition_is_named(tmp_path: Path) -> None:
-    model, _ = tiny_model_and_processor()
+    model, _ = tiny_model()
     model.save_pretrained(tmp_path / "same")
     check_keys(tmp_path / "same", model)
     state = weights(tmp_path / "same")

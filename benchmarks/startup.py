@@ -1,6 +1,6 @@
 """Start-up times: importing the package, `--help`, and `show` on the micro and the Eagle-X5 config.
 
-Each command runs in a process of its own, three times; the median counts. `python` and `import torch` in the same run say
+Each command runs in a process of its own, three times; the median counts. `import torch` in the same run says
 what the machine itself takes. Run: python benchmarks/startup.py
 """
 

@@ -43,15 +43,22 @@ def print_json(value: Any) -> None:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Import this file first: it registers what a model folder was made with.")
+    ] = None,
 ) -> None:
     if version:
-        import moe_vision
+        from moe_vision import __version__
 
-        print(moe_vision.__version__)
+        print(__version__)
         raise typer.Exit
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for path in plugin or []:
+        from moe_vision.config import import_plugin
+
+        import_plugin(path.resolve())
 
 
 @app.command()

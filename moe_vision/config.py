@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import core_schema
+from pydantic_core import PydanticKnownError, core_schema
 
 from moe_vision.registry import Registry, suggest
 
@@ -62,12 +62,22 @@ class Registered:
         self.registry = registry
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        choices: dict[str, core_schema.CoreSchema] = {
-            name: core_schema.no_info_before_validator_function(_without_type, handler.generate_schema(cls))
-            for name, cls in self.registry.items()
-        }
-        union = core_schema.tagged_union_schema(choices, discriminator="type")
-        return core_schema.no_info_wrap_validator_function(_instances_pass(source), union)
+        def choose(value: Any) -> Any:
+            # The registry is read here and not when the schema is made: plug-ins come later.
+            if isinstance(value, source):
+                return value
+            if not isinstance(value, Mapping) or "type" not in value:
+                raise PydanticKnownError("union_tag_not_found", {"discriminator": "type"})
+            name = str(value["type"])
+            if name not in list(self.registry):
+                known = ", ".join(f"'{known}'" for known in self.registry)
+                raise PydanticKnownError(
+                    "union_tag_invalid", {"discriminator": "type", "tag": name, "expected_tags": known}
+                )
+            rest = {key: item for key, item in value.items() if key != "type"}
+            return pydantic.TypeAdapter(self.registry[name]).validate_python(rest)
+
+        return core_schema.no_info_plain_validator_function(choose)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         options = []
@@ -76,17 +86,6 @@ class Registered:
             option.setdefault("properties", {})["type"] = {"const": name}
             options.append({**option, "title": f"{self.registry.kind} {name}"})
         return {"oneOf": options}
-
-
-def _without_type(values: Any) -> Any:
-    return {key: value for key, value in values.items() if key != "type"} if isinstance(values, Mapping) else values
-
-
-def _instances_pass(source: Any) -> Any:
-    def validate(value: Any, handler: Any) -> Any:
-        return value if isinstance(value, source) else handler(value)
-
-    return validate
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -110,7 +109,6 @@ def validate(cls: type[ConfigT], values: dict[str, Any], *, source: str, folder:
             **values,
             "plugins": [str((folder / str(plugin)).resolve()) for plugin in values["plugins"]],
         }
-        cls.model_rebuild(force=True)  # the registries have grown since the class was made
     try:
         return cls.model_validate(values)
     except pydantic.ValidationError as error:
@@ -246,17 +244,19 @@ CURES = {
 
 
 def _locate(cls: type[BaseModel], values: Any, loc: Sequence[Any]) -> tuple[str, list[str]]:
-    """Path of an error as the user wrote it (without the tags of unions), and the names that are valid there."""
+    """Path of an error as the user wrote it, and the names that are valid there."""
     parts: list[str] = []
     fields: Any = cls
+    node: Any = values
     names = list(cls.model_fields)
     for key in loc:
-        if isinstance(fields, Registered):  # this key is the tag
-            fields = fields.registry[key] if key in list(fields.registry) else None
-            continue
+        if isinstance(fields, Registered):
+            chosen = node.get("type", parts[-1]) if isinstance(node, Mapping) else None
+            fields = fields.registry[chosen] if chosen in list(fields.registry) else None
         parts.append(str(key))
         names = _names(fields)
         fields = _descend(fields, key)
+        node = node.get(key) if isinstance(node, Mapping) else None
     return ".".join(parts) or "(whole file)", names
 
 

@@ -105,3 +105,22 @@ def test_export_that_exists(monkeypatch, capsys, folder: Path, tmp_path: Path) -
     (tmp_path / "out" / "file").write_text("mine")
     code, _, err = run(monkeypatch, capsys, "export", folder, "-o", tmp_path / "out")
     assert code == 2 and "is not empty: choose another folder" in err
+
+
+def test_plugin_option_registers_what_a_folder_needs(monkeypatch, capsys, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "from moe_vision.experts import EXPERTS, ClipConfig\n\n\n"
+        "@EXPERTS.register('cli_test_plugin')\n@dataclass(frozen=True, kw_only=True)\n"
+        "class MyClip(ClipConfig):\n    pass\n"
+    )
+    values = tiny_values()
+    values["experts"]["mine"] = {"type": "cli_test_plugin", "variant": "micro", "pretrained": None}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(values))
+    code, _, err = run(monkeypatch, capsys, "show", tmp_path / "model.yaml")
+    assert code == 2 and "unknown type 'cli_test_plugin'" in err
+    code, out, err = run(monkeypatch, capsys, "--plugin", plugin, "show", tmp_path / "model.yaml")
+    assert code == 0 and "experts.mine" in out, err
+    code, _, err = run(monkeypatch, capsys, "--plugin", tmp_path / "no.py", "show", tmp_path / "model.yaml")
+    assert code == 2 and "no such file" in err

@@ -151,39 +151,50 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
-    """Apply one `dotted.key=value`; the value is YAML. `key=null` under `experts` takes that expert out.
+EXPERT_PLACES = (("experts",), ("model", "experts"))
+"""Where experts stand in a model config, and in a train config that holds its model."""
 
-    Raises ConfigError if the override has no `=` or reaches into something that is no mapping.
+
+def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Apply one `dotted.key=value`; the value is YAML, and items of a list go by number, as `stages.0.epochs=2`.
+
+    `experts.sam=null` takes that expert out. Raises ConfigError where there is no `=`, no such expert or item, or
+    where the key reaches into something that is neither mapping nor list.
     """
     path, equals, text = override.partition("=")
     if not equals or not path:
         problem = Problem("override", override, "is not key=value", "write for example experts.clip.layer=-2")
         raise ConfigError("command line", [problem])
-    *parents, last = path.split(".")
-    result = dict(values)
-    node = result
-    for depth, key in enumerate(parents):
-        below = node.get(key)
-        if below is None and ".".join(parents[:depth]) == "experts":
-            known = list(node)
-            raise ConfigError(
-                "command line", [Problem(path, key, "no such expert in this config", suggest(key, known))]
-            )
-        if below is not None and not isinstance(below, Mapping):
-            where = ".".join(parents[: depth + 1])
-            problem = Problem(where, below, "is a value, not a mapping", f"override {where} itself")
-            raise ConfigError("command line", [problem])
-        node[key] = dict(below or {})
-        node = node[key]
-    value = yaml.safe_load(text)
-    if value is None and parents == ["experts"]:
-        if last not in node:
-            raise ConfigError("command line", [Problem(path, last, "no such expert", suggest(last, list(node)))])
-        del node[last]
+    return _replaced(values, (), tuple(path.split(".")), yaml.safe_load(text))
+
+
+def _replaced(node: Any, walked: tuple[str, ...], keys: tuple[str, ...], value: Any) -> Any:
+    """A copy of `node` with the value at `keys` replaced; parts that the path does not touch are shared."""
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    here = ".".join((*walked, key))
+    if isinstance(node, list):
+        if not (key.isdigit() and int(key) < len(node)):
+            cure = f"give a number from 0 to {len(node) - 1}"
+            raise ConfigError("command line", [Problem(here, key, "is no item of this list", cure)])
+        copy = list(node)
+        copy[int(key)] = _replaced(node[int(key)], (*walked, key), rest, value)
+        return copy
+    if node is not None and not isinstance(node, Mapping):
+        where = ".".join(walked)
+        problem = Problem(where, node, "is a value, not a mapping", f"override {where} itself")
+        raise ConfigError("command line", [problem])
+    below = dict(node or {})
+    removes = not rest and value is None
+    if walked in EXPERT_PLACES and key not in below and (rest or removes):
+        cure = suggest(key, list(below))
+        raise ConfigError("command line", [Problem(here, key, "no such expert in this config", cure)])
+    if walked in EXPERT_PLACES and removes:
+        del below[key]
     else:
-        node[last] = value
-    return result
+        below[key] = _replaced(below.get(key), (*walked, key), rest, value)
+    return below
 
 
 def import_plugin(path: Path) -> None:

@@ -258,9 +258,19 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def inline_model(path: Path) -> dict[str, Any]:
+    """Content of a model config file, for overrides that reach into it; plug-ins keep their place."""
+    values = read_yaml(path)
+    if values.get("plugins"):
+        values["plugins"] = [str((path.parent / plugin).resolve()) for plugin in values["plugins"]]
+    return values
+
+
 def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a train config; paths in it start at its folder. Raises ConfigError."""
     values = resolve_paths(read_yaml(path), path.resolve().parent)
+    if isinstance(values.get("model"), str) and any(override.startswith("model.") for override in overrides):
+        values["model"] = inline_model(Path(values["model"]))
     for override in overrides:
         values = apply_override(values, override)
     config = validate(TrainConfig, values, source=str(path))

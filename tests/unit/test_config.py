@@ -72,7 +72,7 @@ def test_wrong_unit() -> None:
 
 
 def test_expert_unknown_in_an_override() -> None:
-    with pytest.raises(ConfigError, match=r"experts.clpi.layer = 'clpi': no such expert.*did you mean 'clip'"):
+    with pytest.raises(ConfigError, match=r"experts.clpi = 'clpi': no such expert.*did you mean 'clip'"):
         load_config(ModelConfig, CONFIGS / "model/micro.yaml", ["experts.clpi.layer=-2"])
 
 

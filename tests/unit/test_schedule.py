@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from moe_vision.config import ConfigError, validate
-from moe_vision.training.runner import load_train_config
+from moe_vision.training.runner import load_train_config, model_config
 from moe_vision.training.schedule import TrainConfig
+
+MICRO = Path(__file__).parents[2] / "configs/train/micro.yaml"
 
 
 def values(**stage: Any) -> dict[str, Any]:
@@ -59,3 +61,18 @@ def test_paths_start_at_the_file(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").unlink()
     with pytest.raises(ConfigError, match="no such file"):
         load_train_config(tmp_path / "train.yaml")
+
+
+def test_overrides_reach_into_the_model_file() -> None:
+    config = load_train_config(MICRO, ["model.experts.sam=null", "seed=4"])
+    assert isinstance(config.model, dict) and "sam" not in config.model["experts"] and config.seed == 4
+    assert list(model_config(config).experts) == ["clip", "convnext", "eva02", "pix2struct"]
+    with pytest.raises(ConfigError, match=r"model.experts.smm = 'smm': no such expert.*did you mean 'sam'"):
+        load_train_config(MICRO, ["model.experts.smm.layer=1"])
+
+
+def test_overrides_reach_into_stages() -> None:
+    config = load_train_config(MICRO, ["stages.1.epochs=2", "stages.0.train.adapters=1e-2"])
+    assert config.stages[1].epochs == 2 and config.stages[0].train == {"adapters": 1e-2}
+    with pytest.raises(ConfigError, match=r"stages.7 = '7': is no item of this list; give a number from 0 to 1"):
+        load_train_config(MICRO, ["stages.7.epochs=2"])

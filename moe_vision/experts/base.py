@@ -6,12 +6,13 @@ that writes only `encode`. Views come un-normalised in [0, 1], because each expe
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moe_vision.experts.resolution import nearest_multiple
 from moe_vision.registry import suggest
 from moe_vision.types import FeatureMap, MapShape
 
@@ -20,8 +21,10 @@ from moe_vision.types import FeatureMap, MapShape
 class ExpertSpec:
     """Frozen facts of one checkpoint, with their source.
 
-    `architecture` holds the arguments of the library's own config class; `key_prefix` is what the source's state dict
-    puts before the keys of our module, `optional_keys` the prefixes of keys that the source may lack or have too many.
+    `architecture` holds the arguments of the library's own config class; `filename` the file of the Hub repository
+    that holds the weights, where it is not the only one. `key_prefix` is what the source's state dict puts before the
+    keys of our module, `optional_keys` the keys (or their beginnings) that it has too many, `may_miss` those of our
+    module that it may lack.
     """
 
     hub_id: str | None
@@ -37,39 +40,71 @@ class ExpertSpec:
     filename: str | None = None
     key_prefix: str = ""
     optional_keys: tuple[str, ...] = ()
+    may_miss: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
     """One run's choices for one expert.
 
-    variant: a name from the family's table of checkpoints. pretrained: `default` for that checkpoint's own weights,
-    a Hub id, a local folder or a file; null initialises at random. trainable: false keeps it frozen in every stage.
+    variant: a name from the family's table of checkpoints. pretrained: `default` for that checkpoint's own weights;
+    a Hub id, a local folder or file; `timm:…`, `open_clip:…`, `segment_anything:…` for a library's own name; null
+    initialises at random.
+    image_size: input size (height, width) in pixels, the checkpoint's own if null. sizing: what happens to a view of
+    another size: `fixed` resizes it to image_size, `multiple_of` to the nearest multiples of the stride, `native`
+    takes it as it is. resize: bilinear with antialias, plain bilinear, or with aligned corners as Eagle does.
+    mean, std: in place of the checkpoint's own statistics. architecture: values in place of the checkpoint's own.
+    compile: run this expert through torch.compile; a choice of the run, which no saved model remembers.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     type_name: ClassVar[str] = ""
     specs: ClassVar[Mapping[str, ExpertSpec]] = {}
-    size_multiple: ClassVar[bool] = True
+    run_choices: ClassVar[frozenset[str]] = frozenset({"pretrained", "compile"})
 
     variant: str
     pretrained: str | None = "default"
     image_size: tuple[int, int] | None = None
+    sizing: Literal["fixed", "multiple_of", "native"] = "fixed"
+    resize: Literal["antialias", "bilinear", "align_corners"] = "antialias"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        self.check_variant()
+        known = self.architecture_names()
+        for name in self.architecture:
+            if name not in known:
+                raise ValueError(
+                    f"unknown architecture value '{name}' of {self.type_name}: {suggest(name, sorted(known))}"
+                )
+        for name in ("image_size", "mean", "std"):  # tuples come back from JSON as lists
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {list(self.std)} of {self.type_name}: must be above 0")
+        self.check_size(self.size)
+
+    def check_variant(self) -> None:
+        """Raises ValueError for a variant that the family's table does not have."""
         if self.variant not in self.specs:
             raise ValueError(
                 f"unknown variant '{self.variant}' of {self.type_name}: {suggest(self.variant, list(self.specs))}"
             )
-        if self.image_size is not None:
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        height, width = self.size
+
+    def architecture_names(self) -> set[str]:
+        """Names that `architecture` may hold; the spec's own by default."""
+        return set(self.spec.architecture)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises ValueError, naming the nearest size that fits, where `size` is no whole number of grid cells."""
         stride = self.stride_px
-        if min(height, width) < stride or height % stride or width % stride:
-            near = [max(stride, round(side / stride) * stride) for side in (height, width)]
+        if min(size) < stride or size[0] % stride or size[1] % stride:
             raise ValueError(
-                f"image_size {[height, width]} of {self.type_name} '{self.variant}' is not a multiple of its stride "
-                f"of {stride} px; the nearest that fits is {near}"
+                f"image_size {list(size)} of {self.type_name} '{self.variant}' is not a multiple of its stride "
+                f"of {stride} px; the nearest that fits is {list(nearest_multiple(size, stride))}"
             )
 
     @property
@@ -77,9 +112,19 @@ class ExpertConfig:
         return self.specs[self.variant]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The architecture: the checkpoint's values with this config's on top."""
+        return {**self.spec.architecture, **self.architecture}
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Input size (height, width) that the weights were trained at."""
+        return self.spec.image_size
+
+    @property
     def size(self) -> tuple[int, int]:
-        """Input size (height, width) in pixels."""
-        return self.image_size or self.spec.image_size
+        """Input size (height, width) in pixels that `fixed` brings every view to."""
+        return self.image_size or self.native_size
 
     @property
     def channels(self) -> int:
@@ -90,19 +135,42 @@ class ExpertConfig:
         return self.spec.stride_px
 
     @property
+    def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per channel, of pixels in [0, 1]."""
+        return self.mean or self.spec.mean, self.std or self.spec.std
+
+    @property
     def shape(self) -> MapShape:
-        """Shape of the feature map, known before any weight exists."""
-        return MapShape(self.channels, (self.size[0] // self.stride_px, self.size[1] // self.stride_px))
+        """Shape of the feature map of a view of `size`, known before any weight exists."""
+        return self.shape_at(self.size)
+
+    def size_at(self, view: tuple[int, int]) -> tuple[int, int]:
+        """Input size (height, width) that a view of this size is encoded at. Raises ValueError if `native` cannot."""
+        if self.sizing == "fixed":
+            return self.size
+        size = nearest_multiple(view, self.stride_px) if self.sizing == "multiple_of" else view
+        self.check_size(size)
+        return size
+
+    def shape_at(self, size: tuple[int, int]) -> MapShape:
+        """Shape of the feature map of an input of `size`."""
+        return MapShape(self.channels, (size[0] // self.stride_px, size[1] // self.stride_px))
+
+    def left_out(self) -> tuple[str, ...]:
+        """Beginnings of keys of the library's module that this config does not build, though checkpoints hold them."""
+        return ()
 
     def build(self) -> "Expert":
         """Make the module with random weights, on the current default device."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `pretrained` is left out, because a saved model carries its own weights."""
-        values = {key: value for key, value in asdict(self).items() if key != "pretrained"}
-        if self.image_size is not None:
-            values["image_size"] = list(self.image_size)
+        """Plain JSON values, without the choices of one run: a saved model carries its own weights."""
+        values = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if key not in self.run_choices
+        }
         return {"type": self.type_name, **values}
 
 
@@ -117,30 +185,36 @@ class Expert(nn.Module):
 
     def forward(self, views: torch.Tensor) -> FeatureMap:
         """Encode views [V, 3, H, W] in [0, 1] of any size into a FeatureMap [V, C, h, w]."""
-        feature_map = FeatureMap(self.encode(self.normalise(self.resize(views))))
-        if feature_map.shape != self.config.shape:
-            raise RuntimeError(f"{self.config.type_name} promised {self.config.shape} and gave {feature_map.shape}")
+        promised = self.config.shape_at(self.config.size_at((views.shape[-2], views.shape[-1])))
+        feature_map = FeatureMap(self.encode(self.pixels(views)))
+        if feature_map.shape != promised:
+            raise RuntimeError(f"{self.config.type_name} promised {promised} and gave {feature_map.shape}")
         return feature_map
 
+    def pixels(self, views: torch.Tensor) -> torch.Tensor:
+        """Views in [0, 1] → what `encode` takes: resized and normalised."""
+        return self.normalise(self.resize(views))
+
     def resize(self, views: torch.Tensor) -> torch.Tensor:
-        """Bring views to this expert's own input size: bilinear with antialias, corners not aligned."""
-        if tuple(views.shape[-2:]) == self.config.size:
+        """Bring views to this expert's own input size: bilinear, in the way that the config says."""
+        size = self.config.size_at((views.shape[-2], views.shape[-1]))
+        if tuple(views.shape[-2:]) == size:
             return views
+        antialias, align_corners = self.config.resize == "antialias", self.config.resize == "align_corners"
         # In fp32: the antialiased kernel has no half precision on the CPU.
         resized = F.interpolate(
-            views.float(), size=self.config.size, mode="bilinear", antialias=True, align_corners=False
+            views.float(), size=size, mode="bilinear", antialias=antialias, align_corners=align_corners
         )
         return resized.to(views.dtype)
 
     def normalise(self, views: torch.Tensor) -> torch.Tensor:
-        """Subtract this checkpoint's mean and divide by its standard deviation, per channel."""
+        """Subtract the mean and divide by the standard deviation, per channel."""
         # Built here and not kept as buffers: non-persistent buffers are lost when transformers loads from meta.
-        mean = views.new_tensor(self.config.spec.mean).view(3, 1, 1)
-        std = views.new_tensor(self.config.spec.std).view(3, 1, 1)
+        mean, std = (views.new_tensor(values).view(3, 1, 1) for values in self.config.statistics)
         return (views - mean) / std
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode normalised pixels [V, 3, H, W] of exactly `config.size` into [V, C, h, w]."""
+        """Encode normalised pixels [V, 3, H, W] of a size that fits the stride into [V, C, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
 

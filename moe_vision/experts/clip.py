@@ -5,20 +5,25 @@ are not built: they would be unused parameters.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
+from moe_vision.experts.resolution import resize_positions
 from moe_vision.registry import EXPERTS
 
 
 @EXPERTS.register("clip")
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig(ExpertConfig):
-    """layer: which hidden state to take, counted from the end (-1 is the last layer's output)."""
+    """layer: which hidden state to take, counted from the end (-1 is the last layer's output).
+
+    class_token: whether it runs along through the blocks; Eagle takes it out before them. antialias_positions: of the
+    interpolation of position embeddings; true in timm, open_clip and Eagle, false in transformers.
+    """
 
     specs: ClassVar = {
         "vit_large_patch14_336": ExpertSpec(
@@ -36,8 +41,7 @@ class ClipConfig(ExpertConfig):
                 "image_size": 336, "patch_size": 14, "hidden_act": "quick_gelu",
             },
             key_prefix="vision_model.",
-            optional_keys=("embeddings.position_ids", "post_layernorm.", "text_model.", "logit_scale",
-                           "visual_projection.", "text_projection.", "text_embeds."),
+            optional_keys=("embeddings.position_ids",),
         ),
         "micro": micro_spec(
             "clip", channels=64, stride_px=16, size_px=64, pretraining="image-text contrast on generated scenes",
@@ -49,28 +53,62 @@ class ClipConfig(ExpertConfig):
     }  # fmt: skip
 
     layer: int = -1
+    class_token: bool = True
+    antialias_positions: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        depth = self.spec.architecture["num_hidden_layers"]
+        depth = self.settings["num_hidden_layers"]
         if not -depth <= self.layer <= -1:
             raise ValueError(f"layer {self.layer} of clip '{self.variant}': choose from {-depth} to -1")
+
+    def architecture_names(self) -> set[str]:
+        return set(CLIPVisionConfig().to_dict())
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        return (self.settings["image_size"], self.settings["image_size"])
+
+    @property
+    def channels(self) -> int:
+        return self.settings["hidden_size"]
+
+    @property
+    def stride_px(self) -> int:
+        return self.settings["patch_size"]
+
+    def left_out(self) -> tuple[str, ...]:
+        depth = self.settings["num_hidden_layers"]
+        above = tuple(f"encoder.layers.{i}." for i in range(depth + 1 + self.layer, depth))
+        return ("post_layernorm.", *above, *(() if self.class_token else ("embeddings.class_embedding",)))
 
     def build(self) -> "ClipExpert":
         return ClipExpert(self)
 
 
 class ClipExpert(Expert):
+    config: ClipConfig
+
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)
-        architecture = dict(config.spec.architecture)
-        architecture["num_hidden_layers"] += 1 + config.layer
-        self.model = CLIPVisionModel(CLIPVisionConfig(**architecture))
+        depth = config.settings["num_hidden_layers"] + 1 + config.layer
+        self.model = CLIPVisionModel(CLIPVisionConfig(**{**config.settings, "num_hidden_layers": depth}))
         self.model.post_layernorm = nn.Identity()  # type: ignore[assignment]  # belongs to the pooled output, which nobody reads here
+        if not config.class_token:
+            self.model.embeddings.class_embedding = None  # type: ignore[assignment]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[V, 3, H, W] → [V, C, H / patch, W / patch]; position embeddings are interpolated where the size differs."""
-        height, width = self.config.shape.grid
-        interpolate = self.config.size != self.config.spec.image_size
-        tokens = self.model(pixels, interpolate_pos_encoding=interpolate).last_hidden_state[:, 1:]
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        """[V, 3, H, W] → [V, C, H / patch, W / patch]."""
+        model: Any = self.model
+        embeddings, encoder = model.embeddings, model.encoder
+        patches = embeddings.patch_embedding(pixels)
+        grid = (patches.shape[2], patches.shape[3])
+        table = embeddings.position_embedding.weight
+        side = self.config.native_size[0] // self.config.stride_px
+        places = resize_positions(table[1:].view(1, side, side, -1), grid, self.config.antialias_positions)
+        tokens = patches.flatten(2).transpose(1, 2) + places.flatten(1, 2)
+        if self.config.class_token:
+            first = (embeddings.class_embedding + table[0]).expand(len(tokens), 1, -1)
+            tokens = torch.cat([first, tokens], dim=1)
+        tokens = encoder(inputs_embeds=model.pre_layrnorm(tokens)).last_hidden_state
+        return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)

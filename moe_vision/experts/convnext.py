@@ -4,7 +4,7 @@ The last stage's map is taken as it is, without the classifier's norm, as Eagle 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,11 +18,13 @@ from moe_vision.registry import EXPERTS
 @EXPERTS.register("convnext")
 @dataclass(frozen=True, kw_only=True)
 class ConvNextConfig(ExpertConfig):
+    """A map of the last stage; any size that its stride divides."""
+
     specs: ClassVar = {
         "xxlarge_clip": ExpertSpec(
-            hub_id="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+            hub_id="timm/convnext_xxlarge.clip_laion2b_soup",
             revision="main",
-            licence="mit",
+            licence="apache-2.0",
             channels=3072,
             stride_px=32,
             image_size=(1024, 1024),
@@ -40,19 +42,49 @@ class ConvNextConfig(ExpertConfig):
         ),
     }  # fmt: skip
 
+    def architecture_names(self) -> set[str]:
+        return set(LibraryConfig().to_dict())
+
+    @property
+    def channels(self) -> int:
+        return self.settings["hidden_sizes"][-1]
+
+    @property
+    def stride_px(self) -> int:
+        return 4 * 2 ** (len(self.settings["hidden_sizes"]) - 1)
+
+    def left_out(self) -> tuple[str, ...]:
+        return ("layernorm.",)
+
     def build(self) -> "ConvNextExpert":
         return ConvNextExpert(self)
 
 
 class ConvNextExpert(Expert):
+    config: ConvNextConfig
+    gradient_checkpointing = False  # transformers sets this and the function below in every module that has it
+    _gradient_checkpointing_func: Any = None
+
     def __init__(self, config: ConvNextConfig) -> None:
         super().__init__(config)
-        self.model = ConvNextModel(LibraryConfig(**config.spec.architecture))
+        self.model = ConvNextModel(LibraryConfig(**config.settings))
         self.model.layernorm = nn.Identity()  # type: ignore[assignment]  # belongs to the pooled output, which nobody reads here
         for module in self.model.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = config.spec.architecture["layer_norm_eps"]
+                module.eps = config.settings["layer_norm_eps"]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[V, 3, H, W] → [V, C, H / 32, W / 32] (the stride is the spec's)."""
-        return self.model(pixels).last_hidden_state
+        """[V, 3, H, W] → [V, C, H / 32, W / 32] (with four stages)."""
+        model: Any = self.model
+        x = model.embeddings(pixels)
+        for stage in model.encoder.stages:
+            for layer in stage.downsampling_layer:
+                x = layer(x)
+            for layer in stage.layers:
+                x = self._gradient_checkpointing_func(layer, x) if self.checkpoints else layer(x)
+        return x
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether blocks are recomputed in the backward pass; transformers' ConvNeXt cannot do that by itself."""
+        return self.gradient_checkpointing and self.training

@@ -12,7 +12,6 @@ from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
 
 from moe_vision.experts.base import HALF, Expert, ExpertConfig, ExpertSpec, micro_spec
 from moe_vision.registry import EXPERTS
-from moe_vision.types import FeatureMap
 
 
 @EXPERTS.register("pix2struct")
@@ -45,6 +44,22 @@ class Pix2StructConfig(ExpertConfig):
         ),
     }  # fmt: skip
 
+    def architecture_names(self) -> set[str]:
+        return set(Pix2StructVisionConfig().to_dict())
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        super().check_size(size)
+        longest = (self.settings["seq_len"] - 1) * self.stride_px  # place 0 stands for padding
+        if max(size) > longest:
+            raise ValueError(
+                f"image_size {list(size)} of pix2struct '{self.variant}' has more rows or columns than it has "
+                f"embeddings for: at most {longest} px a side"
+            )
+
+    @property
+    def channels(self) -> int:
+        return self.settings["hidden_size"]
+
     def build(self) -> "Pix2StructExpert":
         return Pix2StructExpert(self)
 
@@ -54,11 +69,11 @@ class Pix2StructExpert(Expert):
 
     def __init__(self, config: Pix2StructConfig) -> None:
         super().__init__(config)
-        self.model = Pix2StructVisionModel(Pix2StructVisionConfig(**config.spec.architecture))
+        self.model = Pix2StructVisionModel(Pix2StructVisionConfig(**config.settings))
 
-    def forward(self, views: torch.Tensor) -> FeatureMap:
-        """As `Expert.forward`, with statistics per image, taken before the resize as the published processor does."""
-        return FeatureMap(self.encode(self.resize(self.normalise(views))))
+    def pixels(self, views: torch.Tensor) -> torch.Tensor:
+        """Statistics per image come before the resize, as the published processor has it."""
+        return self.resize(self.normalise(views))
 
     def normalise(self, views: torch.Tensor) -> torch.Tensor:
         """Standardise each image over all its pixels and channels; flat images divide by 1 / sqrt(pixels)."""
@@ -71,8 +86,8 @@ class Pix2StructExpert(Expert):
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / 16, W / 16]."""
-        height, width = self.config.shape.grid
         patch = self.config.stride_px
+        height, width = pixels.shape[2] // patch, pixels.shape[3] // patch
         blocks = pixels.unflatten(3, (width, patch)).unflatten(2, (height, patch))  # [V, 3, h, patch, w, patch]
         patches = blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # pixels row by row, channels last
         rows = torch.arange(1, height + 1, device=pixels.device).repeat_interleave(width)

@@ -1,18 +1,28 @@
-"""SAM's image encoder with its neck (Kirillov et al., 2023), on transformers' `SamVisionModel` at a fixed size."""
+"""SAM's image encoder with its neck (Kirillov et al., 2023), on transformers' `SamVisionModel`, at any size.
+
+Layers and weights are the library's; its attention is replaced by an equal one that makes no relative-position bias.
+"""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import SamVisionConfig, SamVisionModel
+from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionNeck
 
 from moe_vision.experts.base import IMAGENET_MEAN, IMAGENET_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
+from moe_vision.experts.resolution import resize_positions
 from moe_vision.registry import EXPERTS
 
 
 @EXPERTS.register("sam")
 @dataclass(frozen=True, kw_only=True)
 class SamConfig(ExpertConfig):
+    """neck: SAM's own, or Eagle's short one. antialias_positions: of absolute positions at another size, as in timm."""
+
     specs: ClassVar = {
         "vit_large": ExpertSpec(
             hub_id="facebook/sam-vit-large",
@@ -39,23 +49,116 @@ class SamConfig(ExpertConfig):
         ),
     }  # fmt: skip
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size != self.spec.image_size:
-            raise ValueError(
-                f"image_size {list(self.size)} of sam '{self.variant}': its relative positions fit "
-                f"{list(self.spec.image_size)} only; leave image_size out"
-            )
+    neck: Literal["full", "short"] = "full"
+    antialias_positions: bool = True
+
+    def architecture_names(self) -> set[str]:
+        return set(SamVisionConfig().to_dict())
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        return (self.settings["image_size"], self.settings["image_size"])
+
+    @property
+    def channels(self) -> int:
+        return self.settings.get("output_channels", 256)
+
+    def left_out(self) -> tuple[str, ...]:
+        neck = "vision_encoder.neck."
+        return (f"{neck}conv2.", f"{neck}layer_norm2.") if self.neck == "short" else ()
 
     def build(self) -> "SamExpert":
         return SamExpert(self)
 
 
+BIAS_ELEMENTS = 2**25
+"""Relative-position bias that is held at a time: 128 MiB in fp32."""
+
+
+class SamAttention(SamVisionAttention):
+    """SAM's attention in pieces, each with a fused kernel and its own part of the relative-position bias.
+
+    The library makes the bias of all queries at once, gigabytes at 1024 pixels. With gradients each piece is
+    recomputed in the backward pass, for the same reason.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool | None = None) -> tuple[torch.Tensor, Any]:
+        """[windows, h, w, C] → [windows, h, w, C]."""
+        windows, height, width, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).flatten(1, 2).unflatten(2, (3, self.num_attention_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [windows, heads, tokens, head_dim] each
+        at = query.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", at, self.relative(self.rel_pos_h, height)).flatten(2, 3)
+        columns = torch.einsum("bnhwc,wkc->bnhwk", at, self.relative(self.rel_pos_w, width)).flatten(2, 3)
+        queries = max(1, BIAS_ELEMENTS // (self.num_attention_heads * height * width))
+        together = max(1, queries // (height * width))  # windows in one piece
+        mixed = []
+        for i in range(0, windows, together):
+            some = slice(i, i + together)
+            parts = [
+                self.piece(query[some, :, j], rows[some, :, j], columns[some, :, j], key[some], value[some])
+                for j in (slice(start, start + queries) for start in range(0, height * width, queries))
+            ]
+            mixed.append(torch.cat(parts, dim=2))
+        return self.proj(torch.cat(mixed).transpose(1, 2).flatten(2).unflatten(1, (height, width))), None
+
+    def piece(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Attention of some queries on all keys of their windows; inputs as `attend` takes them."""
+        if torch.is_grad_enabled() and inputs[0].requires_grad:
+            recomputed: torch.Tensor = checkpoint(attend, *inputs, use_reentrant=False)
+            return recomputed
+        return attend(*inputs)
+
+    def relative(self, table: torch.Tensor, side: int) -> torch.Tensor:
+        """Embeddings [side, side, head_dim] of the distance from each query to each key, interpolated if need be."""
+        length = 2 * side - 1
+        if len(table) != length:
+            table = F.interpolate(table.float().t()[None], size=length, mode="linear")[0].t().to(table.dtype)
+        places = torch.arange(side, device=table.device)
+        return table[places[:, None] - places[None, :] + side - 1]
+
+
+def attend(
+    query: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Attention [..., queries, head_dim] with the bias rows [..., queries, h] + columns [..., queries, w]."""
+    bias = (rows[..., :, None] + columns[..., None, :]).flatten(-2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+class ShortNeck(nn.Module):
+    """Eagle's cut of SAM's neck: the 1x1 convolution and its norm, without the 3x3 convolution after it."""
+
+    def __init__(self, neck: SamVisionNeck) -> None:
+        super().__init__()
+        self.conv1, self.layer_norm1 = neck.conv1, neck.layer_norm1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[V, h, w, C] → [V, C', h, w]."""
+        return self.layer_norm1(self.conv1(x.permute(0, 3, 1, 2)))
+
+
 class SamExpert(Expert):
+    config: SamConfig
+
     def __init__(self, config: SamConfig) -> None:
         super().__init__(config)
-        self.model = SamVisionModel(SamVisionConfig(**config.spec.architecture))
+        library = SamVisionConfig(**config.settings)
+        self.model = SamVisionModel(library)
+        encoder: Any = self.model.vision_encoder
+        for layer in encoder.layers:
+            attention = SamAttention(library, layer.window_size)
+            attention.load_state_dict(layer.attn.state_dict(), assign=True)
+            layer.attn = attention
+        if config.neck == "short":
+            encoder.neck = ShortNeck(encoder.neck)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / 16, W / 16], after the neck."""
-        return self.model(pixels).last_hidden_state
+        encoder: Any = self.model.vision_encoder
+        # The convolution itself: the library's own patch embedding refuses every size but one.
+        x = encoder.patch_embed.projection(pixels).permute(0, 2, 3, 1)
+        x = x + resize_positions(encoder.pos_embed, (x.shape[1], x.shape[2]), self.config.antialias_positions)
+        for layer in encoder.layers:
+            x = layer(x)
+        return encoder.neck(x)

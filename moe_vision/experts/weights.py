@@ -1,18 +1,28 @@
 """Weights of an expert from a file, a folder, the Hub or this package, checked key by key before they are used."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from moe_vision.experts.base import Expert, ExpertSpec
+from moe_vision.experts.base import Expert, ExpertConfig, ExpertSpec
+from moe_vision.experts.key_layouts import LAYOUTS, KeyLayout
+from moe_vision.registry import suggest
 
 PACKAGE_SCHEME = "moe_vision:"
+LIBRARIES = ("timm", "open_clip", "segment_anything")
+SEGMENT_ANYTHING_URLS = {
+    "vit_b": "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
+    "vit_l": "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth",
+    "vit_h": "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
+}
+"""The published files, from segment_anything's README; the library itself downloads nothing."""
 
 
 class WeightsError(ValueError):
@@ -30,25 +40,62 @@ def located(source: str) -> str:
 
 
 def load_expert_weights(expert: Expert, pretrained: str) -> None:
-    """Load `pretrained` into `expert`, whole or not at all. Raises WeightsError naming what differs."""
+    """Load `pretrained` into `expert`, whole or not at all, whichever library's names its keys have.
+
+    Raises WeightsError naming what differs.
+    """
     spec = expert.config.spec
     source = spec_source(spec) if pretrained == "default" else pretrained
-    found = strip_prefix(read_state_dict(resolve(source, spec)), spec.key_prefix)
+    library = source.partition(":")[0] in LIBRARIES
+    load_state(expert, read_library(source) if library else read_state_dict(resolve(source, spec)), source)
+
+
+def load_state(expert: Expert, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a state dict with any library's names. Raises WeightsError, which calls it `source`, if it does not fit."""
+    config = expert.config
     wanted = expert.model.state_dict()
-    missing = [key for key in wanted if key not in found]
-    unexpected = [key for key in found if key not in wanted and not optional(key, spec)]
-    misshapen = [
-        f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    ]
-    if missing or unexpected or misshapen:
+    own = KeyLayout("the checkpoint itself", config.spec.key_prefix, optional=config.spec.optional_keys)
+    fits = [Fit.of(layout, state, wanted, config) for layout in (own, *LAYOUTS.get(config.type_name, ()))]
+    best = min(fits, key=lambda fit: fit.faults)
+    if best.faults:
         raise WeightsError(
-            f"weights '{source}' do not fit expert {expert.config.type_name} '{expert.config.variant}': "
-            f"missing {listed(missing)}; unexpected {listed(unexpected)}; shapes {listed(misshapen)}. "
+            f"weights '{source}' do not fit expert {config.type_name} '{config.variant}' (names of "
+            f"{best.layout.source}): missing {listed(best.missing)}; unexpected {listed(best.unexpected)}; "
+            f"shapes {listed(best.misshapen)}. "
             "Choose the variant that these weights belong to, or pretrained: null for random weights"
         )
-    expert.model.load_state_dict({key: found[key] for key in wanted})
+    expert.model.load_state_dict(best.found, strict=not config.spec.may_miss)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a state dict, read by one layout, fits a module."""
+
+    layout: KeyLayout
+    found: dict[str, torch.Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    @property
+    def faults(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+    @classmethod
+    def of(
+        cls, layout: KeyLayout, state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor],
+        config: ExpertConfig,
+    ) -> "Fit":  # fmt: skip
+        """Read `state` by `layout` and compare it with the state dict that is wanted."""
+        found = layout.read(state)
+        missing = [key for key in wanted if key not in found and not key.startswith(config.spec.may_miss)]
+        unexpected = [key for key in found if key not in wanted and not key.startswith(config.left_out())]
+        misshapen = [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in found and found[key].shape != wanted[key].shape
+        ]
+        return cls(layout, {key: found[key] for key in wanted if key in found}, missing, unexpected, misshapen)
 
 
 def spec_source(spec: ExpertSpec) -> str:
@@ -76,6 +123,40 @@ def resolve(source: str, spec: ExpertSpec) -> list[Path]:
     )
 
 
+def read_library(source: str) -> dict[str, torch.Tensor]:
+    """Weights by a library's own name for them: `timm:MODEL`, `open_clip:ARCHITECTURE/TAG`, `segment_anything:vit_l`.
+
+    timm and open_clip download, cache and convert as they do for their own users; both take `local-dir:FOLDER` too.
+    Raises WeightsError where the library does not know the name or cannot get the weights.
+    """
+    library, _, name = source.partition(":")
+    try:
+        if library == "segment_anything":
+            if name not in SEGMENT_ANYTHING_URLS:
+                raise WeightsError(f"pretrained '{source}': {suggest(name, list(SEGMENT_ANYTHING_URLS))}")
+            loaded = torch.hub.load_state_dict_from_url(
+                SEGMENT_ANYTHING_URLS[name], map_location="cpu", weights_only=True, check_hash=True
+            )
+            return dict(loaded)
+        if library == "timm":
+            import timm
+
+            return dict(timm.create_model(name, pretrained=True).state_dict())
+        import open_clip
+
+        architecture, _, tag = name.partition("/")
+        if name.startswith(("local-dir:", "hf-hub:")):
+            architecture, tag = name, ""
+        elif not tag:
+            raise WeightsError(f"pretrained '{source}' has no tag: write open_clip:ARCHITECTURE/TAG")
+        model = open_clip.create_model(architecture, pretrained=tag or None, require_pretrained=True)
+        return dict(model.state_dict())
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"pretrained '{source}': {library} cannot give these weights ({error})") from error
+
+
 def read_state_dict(files: list[Path]) -> dict[str, torch.Tensor]:
     """Read and join files; pickles with `weights_only=True`. Raises WeightsError naming the file that is broken."""
     state: dict[str, torch.Tensor] = {}
@@ -86,18 +167,9 @@ def read_state_dict(files: list[Path]) -> dict[str, torch.Tensor]:
             else:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
                 state |= loaded.get("model", loaded.get("state_dict", loaded))
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        except (SafetensorError, RuntimeError, EOFError, OSError, UnpicklingError) as error:
             raise WeightsError(f"'{file}' cannot be read ({error}): it may be truncated, fetch it again") from error
     return state
-
-
-def strip_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Take `prefix` off the keys that have it; the others keep their names."""
-    return {key.removeprefix(prefix): value for key, value in state.items()}
-
-
-def optional(key: str, spec: ExpertSpec) -> bool:
-    return any(key.startswith(name) or fnmatch(key, f"{name}*") for name in spec.optional_keys)
 
 
 def listed(names: list[str]) -> str:

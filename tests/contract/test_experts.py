@@ -68,18 +68,21 @@ def test_any_view_gives_the_promised_shape(name: str, size: tuple[int, int]) -> 
     assert torch.isfinite(feature_map.data).all()
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "sam"])
-def test_rectangular_inputs(name: str) -> None:
-    config = micro(name, image_size=(64, 96))
-    assert config.build().eval()(torch.rand(1, 3, 64, 96)).shape.grid == (
-        64 // config.stride_px,
-        96 // config.stride_px,
-    )
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("sizing", ["fixed", "multiple_of", "native"])
+def test_rectangular_inputs(name: str, sizing: str) -> None:
+    stride = micro(name).stride_px
+    size = (4 * stride, 6 * stride)
+    view = (size[0] + stride // 3, size[1] - stride // 3) if sizing == "multiple_of" else size
+    config = micro(name, image_size=size if sizing == "fixed" else None, sizing=sizing)
+    assert config.build().eval()(torch.rand(1, 3, *view)).shape.grid == (4, 6)
 
 
-def test_sam_refuses_another_size() -> None:
-    with pytest.raises(ValueError, match=r"image_size \[64, 64\] of sam 'micro'.*\[128, 128\]"):
-        micro("sam", image_size=(64, 64))
+@pytest.mark.parametrize("name", ALL)
+def test_native_refuses_a_size_off_the_stride(name: str) -> None:
+    config = micro(name, sizing="native")
+    with pytest.raises(ValueError, match=r"image_size \[65, 96\].*the nearest that fits is \[64, 96\]"):
+        config.build()(torch.rand(1, 3, 65, 96))
 
 
 @pytest.mark.parametrize("name", ALL)

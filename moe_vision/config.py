@@ -165,7 +165,19 @@ def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not path:
         problem = Problem("override", override, "is not key=value", "write for example experts.clip.layer=-2")
         raise ConfigError("command line", [problem])
-    return _replaced(values, (), tuple(path.split(".")), yaml.safe_load(text))
+    keys, value = tuple(path.split(".")), yaml.safe_load(text)
+    replaced = _replaced(values, (), keys, value)
+    return _without_resample(replaced, keys[-1]) if value is None and keys[:-1] in EXPERT_PLACES else replaced
+
+
+def _without_resample(node: Any, name: str) -> Any:
+    """A copy in which no `resample` speaks of an expert that was taken out."""
+    if not isinstance(node, Mapping):
+        return node
+    copy = {key: _without_resample(value, name) for key, value in node.items()}
+    if isinstance(copy.get("resample"), dict):
+        copy["resample"].pop(name, None)
+    return copy
 
 
 def _replaced(node: Any, walked: tuple[str, ...], keys: tuple[str, ...], value: Any) -> Any:

@@ -120,6 +120,8 @@ LAYOUTS: Mapping[str, tuple[KeyLayout, ...]] = {
         KeyLayout("open_clip", prefix="visual.trunk.", renames=CONVNEXT, optional=("head.",)),
         KeyLayout("transformers", prefix="convnext.", optional=("layernorm.", "classifier.")),
     ),
+    # After the public prefix `encoder.`, which the library's own encoder has inside too.
+    "pix2struct": (KeyLayout("transformers' Pix2StructVisionModel or Eagle"),),
     "sam": (
         KeyLayout("timm or Eagle", renames=SAM),
         KeyLayout("segment_anything", prefix="image_encoder.", renames=SAM),

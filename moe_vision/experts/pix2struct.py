@@ -35,6 +35,23 @@ class Pix2StructConfig(ExpertConfig):
             key_prefix="encoder.",
             optional_keys=("decoder.",),
         ),
+        "base": ExpertSpec(
+            hub_id="google/pix2struct-base",
+            revision="main",
+            licence="apache-2.0",
+            channels=768,
+            stride_px=16,
+            image_size=(720, 720),
+            mean=HALF,
+            std=HALF,
+            pretraining="screenshot parsing",
+            architecture={
+                "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "d_kv": 64, "d_ff": 2048,
+                "patch_embed_hidden_size": 768, "seq_len": 4096,
+            },
+            key_prefix="encoder.",
+            optional_keys=("decoder.",),
+        ),
         "micro": micro_spec(
             "pix2struct", channels=96, stride_px=16, size_px=128, pretraining="digits and bars of generated scenes",
             architecture={

@@ -40,6 +40,38 @@ class SamConfig(ExpertConfig):
             },
             optional_keys=("shared_image_embedding.", "prompt_encoder.", "mask_decoder."),
         ),
+        "vit_base": ExpertSpec(
+            hub_id="facebook/sam-vit-base",
+            revision="main",
+            licence="apache-2.0",
+            channels=256,
+            stride_px=16,
+            image_size=(1024, 1024),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            pretraining="promptable segmentation, SA-1B",
+            architecture={
+                "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_dim": 3072,
+                "image_size": 1024, "window_size": 14, "global_attn_indexes": [2, 5, 8, 11],
+            },
+            optional_keys=("shared_image_embedding.", "prompt_encoder.", "mask_decoder."),
+        ),
+        "vit_huge": ExpertSpec(
+            hub_id="facebook/sam-vit-huge",
+            revision="main",
+            licence="apache-2.0",
+            channels=256,
+            stride_px=16,
+            image_size=(1024, 1024),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            pretraining="promptable segmentation, SA-1B",
+            architecture={
+                "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120,
+                "image_size": 1024, "window_size": 14, "global_attn_indexes": [7, 15, 23, 31],
+            },
+            optional_keys=("shared_image_embedding.", "prompt_encoder.", "mask_decoder."),
+        ),
         "micro": micro_spec(
             "sam", channels=64, stride_px=16, size_px=128, pretraining="foreground masks of generated scenes",
             architecture={

@@ -52,6 +52,11 @@ def load_expert_weights(expert: Expert, pretrained: str) -> None:
 
 def load_state(expert: Expert, state: Mapping[str, torch.Tensor], source: str) -> None:
     """Load a state dict with any library's names. Raises WeightsError, which calls it `source`, if it does not fit."""
+    expert.model.load_state_dict(fitted(expert, state, source), strict=not expert.config.spec.may_miss)
+
+
+def fitted(expert: Expert, state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The tensors of `state`, named by any library, by the names of `expert.model`. Raises WeightsError."""
     config = expert.config
     wanted = expert.model.state_dict()
     own = KeyLayout("the checkpoint itself", config.spec.key_prefix, optional=config.spec.optional_keys)
@@ -64,7 +69,7 @@ def load_state(expert: Expert, state: Mapping[str, torch.Tensor], source: str) -
             f"shapes {listed(best.misshapen)}. "
             "Choose the variant that these weights belong to, or pretrained: null for random weights"
         )
-    expert.model.load_state_dict(best.found, strict=not config.spec.may_miss)
+    return best.found
 
 
 @dataclass(frozen=True)

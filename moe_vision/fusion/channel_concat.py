@@ -14,7 +14,9 @@ from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 @MIXERS.register("channel_concat")
 @dataclass(frozen=True, kw_only=True)
 class ChannelConcatConfig(MixerConfig):
-    """grid: the common grid (height, width) in cells. resample: per expert, `bilinear` where it is not named.
+    """grid: the common grid (height, width) in cells.
+
+    resample: per expert, `bilinear` where it is not named; `pixel_unshuffle` and `pool` need a grid that nests.
 
     align_corners: of the bilinear resampling; Eagle's published code aligns them.
     """

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from moe_vision.types import MapShape
 
-GridMethod = Literal["bilinear", "pixel_unshuffle"]
+GridMethod = Literal["bilinear", "pixel_unshuffle", "pool"]
 
 
 def adapted_shape(shape: MapShape, grid: tuple[int, int], method: GridMethod) -> MapShape:
@@ -18,10 +18,10 @@ def adapted_shape(shape: MapShape, grid: tuple[int, int], method: GridMethod) ->
     if factor < 1 or shape.grid != (grid[0] * factor, grid[1] * factor):
         fits = [list(side) for side in divided_grids(shape.grid)]
         raise ValueError(
-            f"pixel_unshuffle cannot bring a grid of {list(shape.grid)} to {list(grid)}; grids that fit: {fits}, "
+            f"{method} cannot bring a grid of {list(shape.grid)} to {list(grid)}; grids that fit: {fits}, "
             "or choose bilinear"
         )
-    return MapShape(shape.channels * factor**2, grid)
+    return MapShape(shape.channels * (factor**2 if method == "pixel_unshuffle" else 1), grid)
 
 
 def divided_grids(grid: tuple[int, int]) -> list[tuple[int, int]]:
@@ -35,10 +35,13 @@ def adapt_grid(
 ) -> torch.Tensor:
     """Bring a map [V, C, h, w] to `grid`: [V, C, *grid], or [V, C * f * f, *grid] with pixel_unshuffle.
 
-    align_corners is true in Eagle and LLaVA-HR and false elsewhere; it concerns bilinear only.
+    pixel_unshuffle stacks the f x f cells that become one, pool averages them; both raise ValueError where the grids
+    do not nest. align_corners is true in Eagle and LLaVA-HR and false elsewhere; it concerns bilinear only.
     """
     if tuple(data.shape[-2:]) == tuple(grid):
         return data
-    if method == "pixel_unshuffle":
-        return F.pixel_unshuffle(data, data.shape[-2] // grid[0])
+    if method != "bilinear":
+        adapted_shape(MapShape(data.shape[1], (data.shape[2], data.shape[3])), grid, method)
+        factor = data.shape[-2] // grid[0]
+        return F.pixel_unshuffle(data, factor) if method == "pixel_unshuffle" else F.avg_pool2d(data, factor)
     return F.interpolate(data, size=grid, mode="bilinear", align_corners=align_corners)

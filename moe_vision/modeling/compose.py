@@ -4,6 +4,7 @@ ModelConfig ─ compose() ─ model, processor ─ save_pretrained ─ folder �
 """
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moe_vision.modeling import (
 )
 from moe_vision.modeling.model_config import ModelConfig
 
-__all__ = ["ModelConfig", "compose", "load"]
+__all__ = ["ModelConfig", "compose", "load", "save"]
 
 
 def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
@@ -31,18 +32,14 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     source = language.tokenizer or language.pretrained
     if source is None:
         raise ValueError("language_model has no tokenizer: give `tokenizer`, a Hub id or a folder")
-    tokenizer = AutoTokenizer.from_pretrained(located(source))
-    if getattr(tokenizer, "image_token", None) is None:
-        tokenizer.add_special_tokens({"image_token": language.image_token})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    tokenizer = load_tokenizer(located(source), language.image_token)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id)
     model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
     for name, expert in config.experts.items():
         if expert.pretrained is not None:
             load_expert_weights(model.model.vision_tower.experts[name], expert.pretrained)
+    compile_experts(model, config)
     if language.pretrained is not None:
         load_language_model(model, located(language.pretrained))
     if len(tokenizer) > model.config.text_config.vocab_size:
@@ -51,6 +48,24 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, make_processor(config, hf_config, tokenizer)
+
+
+def compile_experts(model: MoeVisionForConditionalGeneration, config: ModelConfig) -> None:
+    """Send the experts that the config says so through torch.compile; it happens at their first forward pass."""
+    for name, expert in config.experts.items():
+        if expert.compile:
+            model.model.vision_tower.experts[name].compile()
+
+
+def load_tokenizer(source: str, image_token: str) -> Any:
+    """A tokenizer that has an image token (`image_token` where it has none of its own), pads, and pads left."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if getattr(tokenizer, "image_token", None) is None:
+        tokenizer = AutoTokenizer.from_pretrained(source, extra_special_tokens={"image_token": image_token})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
@@ -66,13 +81,28 @@ def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: A
     vision = hf_config.vision_config
     height, width = vision.canvas_size()
     tokens = vision.adapter("overview").shape(vision.mixed_shape("overview"), hf_config.text_config.hidden_size)
-    image_processor = MoeVisionImageProcessor(size={"height": height, "width": width}, do_pad=config.image_fit == "pad")
+    image_processor = MoeVisionImageProcessor(
+        size={"height": height, "width": width},
+        do_pad=config.image_fit == "pad",
+        do_center_crop=config.image_fit == "crop",
+        padding_colour=list(config.padding_colour),
+    )
     return MoeVisionProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         num_image_tokens=tokens.num_tokens,
-        chat_template=tokenizer.chat_template,
+        chat_template=config.language_model.template() or tokenizer.chat_template,
     )
+
+
+def save(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
+    """Write a model folder whole or not at all; one that is there is replaced."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def load(

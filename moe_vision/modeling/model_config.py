@@ -3,6 +3,8 @@
 configs/model/micro.yaml ─ ModelConfig ─ hf_config() ─ MoeVisionConfig
 """
 
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -31,17 +33,24 @@ class BranchesConfig(Config):
     overview: BranchConfig
 
 
+def packaged_config(name: str) -> Path:
+    """Path of a config file that ships with this package, as `model/micro.yaml`."""
+    return Path(str(resources.files("moe_vision"))) / "configs" / name
+
+
 class LanguageModelConfig(Config):
     """pretrained: Hub id, local folder, or `moe_vision:…` for one that ships with the package; null for random weights.
 
     architecture: values of a transformers config, needed only where the source's own config cannot be read (offline
     cost tables, random weights). image_token: placeholder in prompts, added to the tokenizer if it lacks one.
+    chat_template: a Jinja file, or the name of one that ships with this package, in place of the tokenizer's own.
     """
 
     pretrained: str | None = None
     tokenizer: str | None = None
     architecture: dict[str, Any] | None = None
     image_token: str = "<image>"
+    chat_template: str | None = None
 
     @model_validator(mode="after")
     def _has_a_source(self) -> "LanguageModelConfig":
@@ -50,6 +59,17 @@ class LanguageModelConfig(Config):
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("architecture has no model_type: add it, as in `model_type: llama`")
         return self
+
+    def template(self) -> str | None:
+        """Text of the chat template, or None for the tokenizer's own. Raises ValueError if there is no such file."""
+        if self.chat_template is None:
+            return None
+        packaged = Path(str(resources.files("moe_vision"))) / "chat_templates"
+        for path in (packaged / f"{self.chat_template}.jinja", Path(self.chat_template)):
+            if path.is_file():
+                return path.read_text(encoding="utf-8")
+        known = sorted(path.stem for path in packaged.glob("*.jinja"))
+        raise ValueError(f"chat_template '{self.chat_template}': no such file; this package has {known}")
 
     def text_config(self) -> PreTrainedConfig:
         """The language model's transformers config; reads it from the source unless `architecture` gives it."""
@@ -69,7 +89,8 @@ class LanguageModelConfig(Config):
 class ModelConfig(Config):
     """A fused model: experts in their order, one branch over them, a language model.
 
-    image_fit: `pad` keeps an image's shape and pads it to the canvas, `stretch` does not.
+    image_fit: `pad` keeps an image's shape and pads it to the canvas, `stretch` gives its shape up, `crop` its margins.
+    padding_colour: red, green and blue in 0..255; mid-grey, because experts differ in their mean.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -78,7 +99,8 @@ class ModelConfig(Config):
     experts: dict[str, Annotated[ExpertConfig, Registered(EXPERTS)]] = Field(min_length=1)
     branches: BranchesConfig
     language_model: LanguageModelConfig
-    image_fit: Literal["pad", "stretch"] = "pad"
+    image_fit: Literal["pad", "stretch", "crop"] = "pad"
+    padding_colour: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field((127, 127, 127), min_length=3, max_length=3)
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -121,7 +143,9 @@ class ModelConfig(Config):
         """Plain values that validate to an equal config: what a run keeps of its model."""
         return {
             "plugins": list(self.plugins),
-            "experts": {n: {**e.to_dict(), "pretrained": e.pretrained} for n, e in self.experts.items()},
+            "experts": {
+                n: {**e.to_dict(), "pretrained": e.pretrained, "compile": e.compile} for n, e in self.experts.items()
+            },
             "branches": {
                 "overview": {
                     "mixer": self.branches.overview.mixer.to_dict(),
@@ -130,4 +154,5 @@ class ModelConfig(Config):
             },
             "language_model": self.language_model.model_dump(),
             "image_fit": self.image_fit,
+            "padding_colour": list(self.padding_colour),
         }

@@ -23,7 +23,7 @@ from moe_vision.config import ConfigError, Problem, apply_override, load_config,
 from moe_vision.data.collate import Collator, ConversationDataset, views_of
 from moe_vision.data.records import Record, load_records
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.modeling.compose import compose, load
+from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
 from moe_vision.training.groups import freeze_all_but, learning_rates
@@ -64,6 +64,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
     finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
     if finished:
         model, _ = load(output / "runs" / finished[-1] / "done")
+        compile_experts(model, composition)
     for number, (name, stage) in enumerate(config.runs(), start=1):
         if name in finished:
             continue
@@ -88,12 +89,12 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
             )
         finally:
             progress.close()
-        save_folder(model, processor, output / "runs" / name / "done")
+        save(model, processor, output / "runs" / name / "done")
         finished.append(name)
         write_atomically(output / "state.json", json.dumps({"finished": finished}))
         for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    save_folder(model, processor, output / "model")
+    save(model, processor, output / "model")
     for name, _ in config.runs():
         shutil.rmtree(output / "runs" / name / "done", ignore_errors=True)
     return output / "model"
@@ -236,16 +237,6 @@ def last_checkpoint(folder: Path) -> str | None:
             return checkpoint
         shutil.rmtree(checkpoint)
     return None
-
-
-def save_folder(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
-    """Write a model folder whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def write_atomically(path: Path, text: str) -> None:

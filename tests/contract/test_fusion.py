@@ -70,6 +70,20 @@ def test_pixel_unshuffle_stacks_the_block_of_a_cell() -> None:
     assert adapt_grid(data, (2, 2), "pixel_unshuffle")[0, :, 0, 0].tolist() == [0, 1, 4, 5]
 
 
+def test_pool_averages_the_block_of_a_cell() -> None:
+    data = torch.arange(16.0).view(1, 1, 4, 4)
+    assert adapt_grid(data, (2, 2), "pool")[0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    config = MIXERS["channel_concat"](grid=(4, 4), resample={"a": "pool"})
+    assert config.shape(MAPS).channels == sum(shape.channels for shape in MAPS.values())
+    assert config.build(MAPS)(maps(2)).shape == config.shape(MAPS)
+
+
+@pytest.mark.parametrize("method", ["pixel_unshuffle", "pool"])
+def test_maps_of_another_size_than_promised_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=rf"{method} cannot bring a grid of \[6, 4\] to \[4, 4\]"):
+        adapt_grid(torch.zeros(1, 2, 6, 4), (4, 4), method)
+
+
 def test_a_grid_that_does_not_nest_names_those_that_do() -> None:
     config = MIXERS["channel_concat"](grid=(3, 3), resample={"a": "pixel_unshuffle"})
     with pytest.raises(ValueError, match=r"expert 'a'.*\[8, 8\] to \[3, 3\].*\[4, 4\]"):

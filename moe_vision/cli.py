@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,14 +80,28 @@ def quickstart(
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(help="A model config or a train config, in YAML.")],
+    config: Annotated[Path | None, typer.Argument(help="A model config or a train config, in YAML.")] = None,
     overrides: Overrides = None,
+    experts: Annotated[bool, typer.Option("--experts", help="List every checkpoint of the zoo instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what a config builds and costs: experts, grids, tokens, parameters, FLOPs, what each stage trains."""
     from moe_vision.viz.tables import cost_table, stages_table, summary
 
     console = Console()
+    if experts:
+        from moe_vision.modeling.cost import zoo
+        from moe_vision.viz.tables import zoo_table
+
+        if config is not None:
+            raise ValueError(f"show --experts takes no config, and got '{config}': leave one of them out")
+        if as_json:
+            print_json([asdict(entry) for entry in zoo()])
+        else:
+            console.print(zoo_table(zoo()))
+        return
+    if config is None:
+        raise ValueError("show needs a config, or --experts: for example `moe-vision show configs/model/micro.yaml`")
     if is_train_config(config):
         from moe_vision.training.runner import load_train_config
 

@@ -1,13 +1,18 @@
 """What a composition costs, before a weight exists: parameters, tokens and FLOPs, counted on the meta device."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from moe_vision.experts import EXPERTS, ExpertConfig
+from moe_vision.experts.weights import spec_source
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.types import FeatureMap, VisualTokens
 
@@ -99,13 +104,93 @@ def cost(config: ModelConfig) -> CostTable:
     return CostTable(parts, tokens.num_tokens)
 
 
+@dataclass(frozen=True)
+class ZooEntry:
+    """One checkpoint of the zoo with its cost for one image at its own size."""
+
+    expert: str
+    variant: str
+    weights: str
+    revision: str | None
+    licence: str
+    pretraining: str
+    image_size: tuple[int, int]
+    stride_px: int
+    channels: int
+    tokens: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    parameters: int
+    flops: int
+
+
+def zoo(names: Sequence[str] = ()) -> Iterator[ZooEntry]:
+    """Every checkpoint of the registered families (of `names`, if any), built on the meta device one by one."""
+    for name in names or EXPERTS:
+        for variant, spec in EXPERTS[name].specs.items():
+            config: ExpertConfig = EXPERTS[name](variant=variant, pretrained=None)
+            with torch.device("meta"), torch.no_grad():
+                module = config.build()
+                flops = flops_of(module, torch.empty(1, 3, *config.size))
+            mean, std = config.statistics
+            height, width = config.shape.grid
+            yield ZooEntry(
+                name, variant, spec_source(spec), spec.revision, spec.licence, spec.pretraining, config.size,
+                config.stride_px, config.channels, height * width, mean, std, count(module), flops,
+            )  # fmt: skip
+
+
 def count(module: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def flops_of(module: nn.Module, *inputs: Any, **options: Any) -> int:
-    """FLOPs of matrix products and convolutions in one call."""
+    """FLOPs of matrix products and convolutions in one call on the meta device.
+
+    Of blocks that are alike and get inputs that are alike, one runs and counts for all.
+    """
+    blocks = [block for item in module.modules() if isinstance(item, nn.ModuleList) for block in item]
+    seen: dict[Any, tuple[int, Any]] = {}
+    repeated = 0
     with FlopCounterMode(display=False) as counter:
-        module(*inputs, **options)
-    return counter.get_total_flops()
+
+        def once(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal repeated
+            key = (signature(block), described((args, kwargs)))
+            if key in seen:
+                repeated += seen[key][0]
+            else:
+                before = counter.get_total_flops() + repeated
+                output = forward(*args, **kwargs)
+                seen[key] = (counter.get_total_flops() + repeated - before, output)
+            return seen[key][1]  # meta tensors hold no values, so one output is as good as another
+
+        for block in blocks:
+            block.forward = partial(once, block, block.forward)
+        try:
+            module(*inputs, **options)
+        finally:
+            for block in blocks:
+                del block.forward
+    return counter.get_total_flops() + repeated
+
+
+PLAIN = (int, float, str, type(None))
+
+
+def signature(block: nn.Module) -> Any:
+    """What a block computes, short of its values: types, plain attributes, shapes of parameters."""
+    parts: list[Any] = []
+    for name, module in block.named_modules():
+        # A layer's number tells its place in a cache, which is not in use here.
+        plain = [(k, v) for k, v in vars(module).items() if isinstance(v, PLAIN) and k != "layer_idx"]
+        parameters = [(k, value.shape) for k, value in module.named_parameters(recurse=False)]
+        parts.append((name, type(module), tuple(plain), tuple(parameters)))
+    return tuple(parts)
+
+
+def described(value: Any) -> Any:
+    """Arguments as something that compares: tensors by shape and dtype."""
+    leaves, structure = tree_flatten(value)
+    return tuple((leaf.shape, leaf.dtype) if torch.is_tensor(leaf) else leaf for leaf in leaves), str(structure)

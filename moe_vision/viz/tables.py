@@ -1,12 +1,12 @@
 """Tables for the terminal and for reports."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moe_vision.modeling.cost import CostTable
+    from moe_vision.modeling.cost import CostTable, ZooEntry
     from moe_vision.training.schedule import TrainConfig
 
 
@@ -25,15 +25,31 @@ def scaled(number: float) -> str:
 def cost_table(costs: "CostTable") -> Table:
     """Parts of a composition with what each costs for one image."""
     table = Table(title="one image, sizes are height x width")
-    for name in ("part", "what", "input", "grid", "channels", "parameters", "FLOPs"):
-        table.add_column(name, justify="left" if name in ("part", "what") else "right")
+    table.add_column("part", overflow="fold")
+    for name in ("input", "grid", "chan.", "params", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for part in costs.parts:
         table.add_row(
-            part.part, part.what, size(part.image_size), size(part.grid), str(part.channels), scaled(part.parameters),
-            scaled(part.flops),
+            f"{part.part}\n[dim]{part.what}[/dim]", size(part.image_size), size(part.grid), str(part.channels),
+            scaled(part.parameters), scaled(part.flops),
         )  # fmt: skip
     table.add_section()
-    table.add_row("total", "", "", "", "", scaled(costs.parameters), scaled(costs.flops))
+    table.add_row("total", "", "", "", scaled(costs.parameters), scaled(costs.flops))
+    return table
+
+
+def zoo_table(entries: "Iterable[ZooEntry]") -> Table:
+    """Checkpoints of the zoo: what they are, and what one image costs at their own size."""
+    table = Table(title="one image at each checkpoint's own size")
+    table.add_column("expert, variant, weights, licence, pre-training", overflow="fold")
+    for name in ("size", "tokens", "chan.", "params", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in entries:
+        facts = f"{entry.weights}, {entry.licence}; {entry.pretraining}"
+        table.add_row(
+            f"[bold]{entry.expert}[/bold] {entry.variant}\n[dim]{facts}[/dim]", size(entry.image_size),
+            str(entry.tokens), str(entry.channels), scaled(entry.parameters), scaled(entry.flops),
+        )  # fmt: skip
     return table
 
 

@@ -30,6 +30,8 @@ micro_app = typer.Typer(
     no_args_is_help=True, help="The miniature experts and language model that ship with the package."
 )
 app.add_typer(micro_app, name="micro")
+import_app = typer.Typer(no_args_is_help=True, help="Bring in checkpoints that other projects published.")
+app.add_typer(import_app, name="import")
 
 Overrides = Annotated[
     list[str] | None,
@@ -253,6 +255,19 @@ def schema(
         print(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
+
+
+@import_app.command("eagle")
+def import_eagle(
+    source: Annotated[Path, typer.Argument(help="Folder of an Eagle-X4 or X5 checkpoint, .safetensors or .bin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Turn an Eagle checkpoint (NVlabs/Eagle, `eagle_llama`) into a model folder for generate, eval and export."""
+    from moe_vision.interop import import_eagle as run
+
+    folder = run(source, output, overrides or [])
+    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
 
 
 @micro_app.command("rebuild")

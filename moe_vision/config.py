@@ -7,6 +7,7 @@ value, cause and cure.
 
 import dataclasses
 import importlib.util
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,15 @@ class Config(BaseModel):
     """Base of every config: frozen, and a key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as everywhere else; PyYAML reads it as text without a point in it."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class Registered:
@@ -122,7 +132,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         chain = " → ".join(str(p) for p in (*_seen, path))
         raise ConfigError(str(path), [Problem("base", path.name, "includes itself", f"break the circle {chain}")])
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         cure = suggest(path.name, near) if near else f"the folder {path.parent} has no config file"
@@ -165,7 +175,7 @@ def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not path:
         problem = Problem("override", override, "is not key=value", "write for example experts.clip.layer=-2")
         raise ConfigError("command line", [problem])
-    keys, value = tuple(path.split(".")), yaml.safe_load(text)
+    keys, value = tuple(path.split(".")), yaml.load(text, Loader)
     replaced = _replaced(values, (), keys, value)
     return _without_resample(replaced, keys[-1]) if value is None and keys[:-1] in EXPERT_PLACES else replaced
 

@@ -60,6 +60,7 @@ class ExpertConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     type_name: ClassVar[str] = ""
     specs: ClassVar[Mapping[str, ExpertSpec]] = {}
+    library: ClassVar[Any] = None
     run_choices: ClassVar[frozenset[str]] = frozenset({"pretrained", "compile"})
 
     variant: str
@@ -74,12 +75,7 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         self.check_variant()
-        known = self.architecture_names()
-        for name in self.architecture:
-            if name not in known:
-                raise ValueError(
-                    f"unknown architecture value '{name}' of {self.type_name}: {suggest(name, sorted(known))}"
-                )
+        self.check_architecture()
         for name in ("image_size", "mean", "std"):  # tuples come back from JSON as lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -95,8 +91,22 @@ class ExpertConfig:
             )
 
     def architecture_names(self) -> set[str]:
-        """Names that `architecture` may hold; the spec's own by default."""
-        return set(self.spec.architecture)
+        """Names that `architecture` may hold: those of the library's config class, or else the spec's own."""
+        return set(self.library().to_dict() if self.library is not None else self.spec.architecture)
+
+    def check_architecture(self) -> None:
+        """Raises ValueError for a name or a value of `architecture` that the library's config does not take."""
+        known = self.architecture_names() if self.architecture else set()
+        for name in self.architecture:
+            if name not in known:
+                raise ValueError(
+                    f"unknown architecture value '{name}' of {self.type_name}: {suggest(name, sorted(known))}"
+                )
+        if self.architecture and self.library is not None:
+            try:
+                self.library(**self.settings)
+            except Exception as error:  # each library has its own kinds
+                raise ValueError(f"architecture of {self.type_name} '{self.variant}' is refused ({error})") from error
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises ValueError, naming the nearest size that fits, where `size` is no whole number of grid cells."""

@@ -25,6 +25,7 @@ class ClipConfig(ExpertConfig):
     interpolation of position embeddings; true in timm, open_clip and Eagle, false in transformers.
     """
 
+    library: ClassVar = CLIPVisionConfig
     specs: ClassVar = {
         "vit_large_patch14_336": ExpertSpec(
             hub_id="openai/clip-vit-large-patch14-336",
@@ -96,9 +97,6 @@ class ClipConfig(ExpertConfig):
         if not -depth <= self.layer <= -1:
             raise ValueError(f"layer {self.layer} of clip '{self.variant}': choose from {-depth} to -1")
 
-    def architecture_names(self) -> set[str]:
-        return set(CLIPVisionConfig().to_dict())
-
     @property
     def native_size(self) -> tuple[int, int]:
         return (self.settings["image_size"], self.settings["image_size"])
@@ -120,6 +118,15 @@ class ClipConfig(ExpertConfig):
         return ClipExpert(self)
 
 
+class PatchesOnly(nn.Module):
+    """What is left of CLIP's embeddings without the class token; the library's class insists on one."""
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        self.patch_embedding = embeddings.patch_embedding
+        self.position_embedding = embeddings.position_embedding
+
+
 class ClipExpert(Expert):
     config: ClipConfig
 
@@ -129,7 +136,7 @@ class ClipExpert(Expert):
         self.model = CLIPVisionModel(CLIPVisionConfig(**{**config.settings, "num_hidden_layers": depth}))
         self.model.post_layernorm = nn.Identity()  # type: ignore[assignment]  # belongs to the pooled output, which nobody reads here
         if not config.class_token:
-            self.model.embeddings.class_embedding = None  # type: ignore[assignment]
+            self.model.embeddings = PatchesOnly(self.model.embeddings)  # type: ignore[assignment]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / patch, W / patch]."""

@@ -20,6 +20,7 @@ from moe_vision.registry import EXPERTS
 class ConvNextConfig(ExpertConfig):
     """A map of the last stage; any size that its stride divides."""
 
+    library: ClassVar = LibraryConfig
     specs: ClassVar = {
         "xxlarge_clip": ExpertSpec(
             hub_id="timm/convnext_xxlarge.clip_laion2b_soup",
@@ -68,9 +69,6 @@ class ConvNextConfig(ExpertConfig):
                           "layer_norm_eps": 1e-6, "layer_scale_init_value": 0.5},
         ),
     }  # fmt: skip
-
-    def architecture_names(self) -> set[str]:
-        return set(LibraryConfig().to_dict())
 
     @property
     def channels(self) -> int:

@@ -17,6 +17,7 @@ from moe_vision.registry import EXPERTS
 @EXPERTS.register("pix2struct")
 @dataclass(frozen=True, kw_only=True)
 class Pix2StructConfig(ExpertConfig):
+    library: ClassVar = Pix2StructVisionConfig
     specs: ClassVar = {
         "large": ExpertSpec(
             hub_id="google/pix2struct-large",
@@ -60,9 +61,6 @@ class Pix2StructConfig(ExpertConfig):
             },
         ),
     }  # fmt: skip
-
-    def architecture_names(self) -> set[str]:
-        return set(Pix2StructVisionConfig().to_dict())
 
     def check_size(self, size: tuple[int, int]) -> None:
         super().check_size(size)

@@ -23,6 +23,7 @@ from moe_vision.registry import EXPERTS
 class SamConfig(ExpertConfig):
     """neck: SAM's own, or Eagle's short one. antialias_positions: of absolute positions at another size, as in timm."""
 
+    library: ClassVar = SamVisionConfig
     specs: ClassVar = {
         "vit_large": ExpertSpec(
             hub_id="facebook/sam-vit-large",
@@ -83,9 +84,6 @@ class SamConfig(ExpertConfig):
 
     neck: Literal["full", "short"] = "full"
     antialias_positions: bool = True
-
-    def architecture_names(self) -> set[str]:
-        return set(SamVisionConfig().to_dict())
 
     @property
     def native_size(self) -> tuple[int, int]:

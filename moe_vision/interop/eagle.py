@@ -48,7 +48,11 @@ def import_eagle(source: Path, output: Path, overrides: Sequence[str] = ()) -> P
         raise FileExistsError(f"output '{output}' exists: give another folder, or remove it")
     config = composition(source, overrides)
     tokenizer = load_tokenizer(str(source), config.language_model.image_token)
-    check_splits(tokenizer)
+    template = config.language_model.template() or tokenizer.chat_template
+    if template is None:
+        raise CheckpointError(f"'{source}' has no chat template: give language_model.chat_template=vicuna_v1")
+    if space := gap(tokenizer):
+        template = template.replace("set gap = ''", f"set gap = '{space}'")
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id)
     with torch.device("meta"):
@@ -60,7 +64,9 @@ def import_eagle(source: Path, output: Path, overrides: Sequence[str] = ()) -> P
     model.generation_config.suppress_tokens = [image_token_id]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    save(model, make_processor(config, hf_config, tokenizer), output)
+    processor = make_processor(config, hf_config, tokenizer)
+    processor.chat_template = template
+    save(model, processor, output)
     return output
 
 
@@ -88,6 +94,7 @@ def composition(source: Path, overrides: Sequence[str] = ()) -> ModelConfig:
     values["language_model"] |= {
         "pretrained": None,
         "tokenizer": str(source),
+        "image_token": "<image>",
         "architecture": {"model_type": "llama", **architecture},
     }
     # Fine-tuning padded, pre-training cropped: `image_aspect_ratio` says which of them made this folder.
@@ -147,17 +154,23 @@ def our_key(key: str) -> str:
     return re.sub(r"^model\.", "model.language_model.", key)
 
 
-def check_splits(tokenizer: Any) -> None:
-    """Raises CheckpointError if text around an image marker is not tokenised piece by piece, as Eagle does."""
-    marker = tokenizer.image_token
-    for pieces in (("USER: ", "\nwhat is it? ASSISTANT:"), ("", "\nwhy"), ("both ", " and ", " are here")):
-        expected: list[int] = []
-        for i, piece in enumerate(pieces):
-            expected += [tokenizer.convert_tokens_to_ids(marker)] if i else []
-            expected += tokenizer(piece, add_special_tokens=False)["input_ids"]
-        got = tokenizer(marker.join(pieces), add_special_tokens=False)["input_ids"]
-        if got != expected:
-            raise CheckpointError(
-                f"this tokenizer makes {got} of {marker.join(pieces)!r}, Eagle makes {expected}: its files are not "
-                "those that Eagle was trained with (for Llama, tokenizer_config.json says `legacy: true`)"
-            )
+def gap(tokenizer: Any) -> str:
+    """What a prompt must hold behind BOS and images, so that text is tokenised as Eagle does: piece by piece.
+
+    Eagle's pieces each begin a text; a tokenizer that puts its leading space before the first word of a whole text
+    only needs one written there. Raises CheckpointError where neither a space nor nothing gives Eagle's tokens.
+    """
+    begin, image = tokenizer.bos_token or "", tokenizer.image_token
+    pieces = ("A chat. USER: ", "\nwhat is it? ASSISTANT:", "\nand this?")
+    expected: list[int] = [tokenizer.bos_token_id] if begin else []
+    for i, piece in enumerate(pieces):
+        expected += [tokenizer.convert_tokens_to_ids(image)] if i else []
+        expected += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    for space in ("", " "):
+        text = begin + space + f"{image}{space}".join(pieces)
+        if tokenizer(text, add_special_tokens=False)["input_ids"] == expected:
+            return space
+    raise CheckpointError(
+        f"'{tokenizer.name_or_path}': its tokenizer does not make {expected} of {image.join(pieces)!r}, as Eagle's "
+        "does: fetch tokenizer.model and tokenizer_config.json of the checkpoint again"
+    )

@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_vision.config import ConfigError, apply_override, load_config, merge, validate
+from moe_vision.config import ConfigError, apply_override, load_config, merge, read_yaml, validate
 from moe_vision.experts import EXPERTS
-from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.modeling.model_config import ModelConfig, packaged_config
 from moe_vision.training.schedule import TrainConfig
 from tests.tiny import tiny_values
 
@@ -173,3 +173,21 @@ def test_an_override_sets_exactly_its_key(values: dict, path: list[str], number:
         node = node[key]
     assert node == number
     assert {k: v for k, v in result.items() if k != path[0]} == {k: v for k, v in values.items() if k != path[0]}
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: 1e-5\nb: -2E3\nc: 1.5e+2\nd: e5\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": 1e-5, "b": -2000.0, "c": 150.0, "d": "e5"}
+
+
+def test_architecture_values_of_a_wrong_type_are_named() -> None:
+    values = tiny_values()
+    values["experts"]["clip"]["architecture"] = {"hidden_size": "wide"}
+    with pytest.raises(ConfigError, match=r"experts\.clip.*architecture of clip 'micro' is refused.*hidden_size"):
+        validate(ModelConfig, values, source="test")
+
+
+def test_taking_an_expert_out_takes_it_out_of_resample() -> None:
+    config = load_config(ModelConfig, packaged_config("model/eagle-x5.yaml"), ["experts.sam=null"])
+    assert list(config.experts) == ["clip", "convnext", "eva02", "pix2struct"]
+    assert config.branches.overview.mixer.to_dict()["resample"] == {}

@@ -73,7 +73,8 @@ def eva02(expert: Any, pixels: torch.Tensor) -> torch.Tensor:
         mixed = eva02_attention(block.attn, windows, rotation(window, model.head_dim, model.rope_reference, x))
         tiles = mixed.view(-1, rows, columns, window[0], window[1], channels).transpose(2, 3)
         x = residual + tiles.reshape(padded.shape)[:, :height, :width]
-        x = x + block.mlp(block.norm2(x))
+        gate, up = block.mlp.w1(normed := block.norm2(x)), block.mlp.w2(normed)
+        x = x + block.mlp.w3(block.mlp.ffn_ln(F.silu(gate) * up))
     return x.permute(0, 3, 1, 2)
 
 

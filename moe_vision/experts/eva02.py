@@ -119,7 +119,14 @@ class Eva02FeedForward(nn.Module):
         self.w3 = nn.Linear(inner, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+        return self.w3(self.ffn_ln(F.silu(aligned(self.w1, x)) * aligned(self.w2, x)))
+
+
+def aligned(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`, computed with a multiple of 16 features: 2730 of them cost matrix kernels a third of their speed."""
+    spare = -layer.out_features % 16
+    wide = F.linear(x, F.pad(layer.weight, (0, 0, 0, spare)), F.pad(layer.bias, (0, spare)))
+    return wide[..., : layer.out_features]
 
 
 class Eva02Block(GradientCheckpointingLayer):

@@ -122,6 +122,23 @@ LAYOUTS: Mapping[str, tuple[KeyLayout, ...]] = {
     ),
     # After the public prefix `encoder.`, which the library's own encoder has inside too.
     "pix2struct": (KeyLayout("transformers' Pix2StructVisionModel or Eagle"),),
+    "dinov3": (KeyLayout("the Hub", renames=((r"^layer\.", "model.layer."),), optional=("rope_embeddings.",)),),
+    "radio": (
+        KeyLayout(
+            "the Hub",
+            prefix="radio_model.",
+            renames=(
+                (r"^model\.patch_generator\.embedder\.", "embeddings.patch_projection."),
+                (r"^model\.patch_generator\.pos_embed$", "embeddings.position_embedding"),
+                (r"^model\.patch_generator\.cls_token\.token$", "embeddings.cls_register_token"),
+                (r"^model\.blocks\.", "encoder.layer."),
+                (r"\.attn\.qkv\.", ".attention.{q_proj,k_proj,v_proj}."),
+                (r"\.attn\.proj\.", ".attention.o_proj."),
+            ),
+            optional=("summary_idxs", "input_conditioner.", "model.patch_generator.video_embedder."),
+        ),
+    ),
+    "timm": (KeyLayout("timm", renames=((r"^(?!timm_model\.)", "timm_model."),)),),
     "sam": (
         KeyLayout("timm or Eagle", renames=SAM),
         KeyLayout("segment_anything", prefix="image_encoder.", renames=SAM),

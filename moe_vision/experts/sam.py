@@ -101,8 +101,8 @@ class SamConfig(ExpertConfig):
         return SamExpert(self)
 
 
-BIAS_ELEMENTS = 2**25
-"""Relative-position bias that is held at a time: 128 MiB in fp32."""
+CACHED_BIAS, BIAS = 2**22, 2**27
+"""Elements of relative-position bias that are held at a time: what a CPU's cache keeps, what keeps a GPU busy."""
 
 
 class SamAttention(SamVisionAttention):
@@ -115,22 +115,29 @@ class SamAttention(SamVisionAttention):
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool | None = None) -> tuple[torch.Tensor, Any]:
         """[windows, h, w, C] → [windows, h, w, C]."""
         windows, height, width, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).flatten(1, 2).unflatten(2, (3, self.num_attention_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [windows, heads, tokens, head_dim] each
-        at = query.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", at, self.relative(self.rel_pos_h, height)).flatten(2, 3)
-        columns = torch.einsum("bnhwc,wkc->bnhwk", at, self.relative(self.rel_pos_w, width)).flatten(2, 3)
-        queries = max(1, BIAS_ELEMENTS // (self.num_attention_heads * height * width))
-        together = max(1, queries // (height * width))  # windows in one piece
+        tokens = height * width
+        qkv = self.qkv(hidden_states).view(windows, tokens, 3, self.num_attention_heads, -1)
+        # [windows * heads, 1, tokens, head_dim] each: pieces may cut between heads, whose keys then stay in the cache.
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).unsqueeze(2).unbind(0)
+        at = query.squeeze(1).unflatten(1, (height, width))
+        rows = torch.einsum("nhwc,hkc->nhwk", at, self.relative(self.rel_pos_h, height)).flatten(1, 2).unsqueeze(1)
+        columns = torch.einsum("nhwc,wkc->nhwk", at, self.relative(self.rel_pos_w, width)).flatten(1, 2).unsqueeze(1)
+        queries = max(1, self.bias_elements(query.device) // tokens)
+        together = max(1, queries // tokens)  # heads in one piece
         mixed = []
-        for i in range(0, windows, together):
+        for i in range(0, len(query), together):
             some = slice(i, i + together)
             parts = [
                 self.piece(query[some, :, j], rows[some, :, j], columns[some, :, j], key[some], value[some])
-                for j in (slice(start, start + queries) for start in range(0, height * width, queries))
+                for j in (slice(start, start + queries) for start in range(0, tokens, queries))
             ]
             mixed.append(torch.cat(parts, dim=2))
-        return self.proj(torch.cat(mixed).transpose(1, 2).flatten(2).unflatten(1, (height, width))), None
+        joined = torch.cat(mixed).view(windows, self.num_attention_heads, tokens, -1).transpose(1, 2).flatten(2)
+        return self.proj(joined.unflatten(1, (height, width))), None
+
+    @staticmethod
+    def bias_elements(device: torch.device) -> int:
+        return CACHED_BIAS if device.type == "cpu" else BIAS
 
     def piece(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Attention of some queries on all keys of their windows; inputs as `attend` takes them."""

@@ -1,48 +1,38 @@
 """Every registered expert keeps the contract, one defined outside the package included."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from moe_vision.experts import EXPERTS, Expert, ExpertConfig, ExpertSpec
-from moe_vision.experts.base import HALF
+from moe_vision.config import import_plugin
+from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.types import MapShape
 
-
-@dataclass(frozen=True, kw_only=True)
-class PluginConfig(ExpertConfig):
-    specs: ClassVar[Mapping[str, ExpertSpec]] = {
-        "micro": ExpertSpec(
-            hub_id=None, revision=None, licence="mit", channels=8, stride_px=16, image_size=(64, 64), mean=HALF,
-            std=HALF, pretraining="none",
-        )
-    }  # fmt: skip
-
-    def build(self) -> "PluginExpert":
-        return PluginExpert(self)
-
-
-class PluginExpert(Expert):
-    def __init__(self, config: PluginConfig) -> None:
-        super().__init__(config)
-        self.model = nn.Conv2d(3, 8, 16, stride=16)
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixels)
-
-
-if "contract_plugin" not in EXPERTS:
-    EXPERTS.register("contract_plugin")(PluginConfig)
+import_plugin(Path(__file__).with_name("plugin_expert.py"))
 
 ALL = sorted(EXPERTS)
 
+VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY: dict[str, dict[str, Any]] = {
+    "dinov3": {"variant": "vits16", "image_size": (64, 64), "architecture": VIT},
+    "radio": {
+        "variant": "v4_h", "image_size": (64, 64),
+        "architecture": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_img_size": 512},
+    },
+    "siglip": {"variant": "v2_base_patch16_512", "architecture": VIT | {"image_size": 64}},
+    "timm": {
+        "variant": "eva02_large_patch14_clip_336.merged2b",
+        "architecture": {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 56},
+    },
+}  # fmt: skip
+"""Miniatures of the families that have no `micro` checkpoint."""
+
 
 def micro(name: str, **changes: object) -> ExpertConfig:
-    return EXPERTS[name](variant="micro", pretrained=None, **changes)
+    config: ExpertConfig = EXPERTS[name](**{"pretrained": None, **TINY.get(name, {"variant": "micro"}), **changes})
+    return config
 
 
 def test_the_five_families_are_registered() -> None:
@@ -56,6 +46,7 @@ def test_every_variant_builds_on_the_meta_device(name: str) -> None:
         with torch.device("meta"):
             module = config.build()
         assert sum(p.numel() for p in module.parameters()) > 0
+        assert (config.channels, config.stride_px) == (config.spec.channels, config.spec.stride_px)
         assert all(p.is_meta for p in module.parameters())
 
 
@@ -81,8 +72,10 @@ def test_rectangular_inputs(name: str, sizing: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_native_refuses_a_size_off_the_stride(name: str) -> None:
     config = micro(name, sizing="native")
-    with pytest.raises(ValueError, match=r"image_size \[65, 96\].*the nearest that fits is \[64, 96\]"):
-        config.build()(torch.rand(1, 3, 65, 96))
+    stride = config.stride_px
+    fits = rf"image_size \[{4 * stride + 1}, {6 * stride}\].*the nearest that fits is \[{4 * stride}, {6 * stride}\]"
+    with pytest.raises(ValueError, match=fits):
+        config.build()(torch.rand(1, 3, 4 * stride + 1, 6 * stride))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -118,4 +111,4 @@ def test_a_size_off_the_stride_names_the_nearest() -> None:
 
 def test_a_name_that_is_taken_raises() -> None:
     with pytest.raises(ValueError, match="'clip' is registered twice"):
-        EXPERTS.register("clip")(PluginConfig)
+        EXPERTS.register("clip")(ExpertConfig)

@@ -196,7 +196,10 @@ class Expert(nn.Module):
     def forward(self, views: torch.Tensor) -> FeatureMap:
         """Encode views [V, 3, H, W] in [0, 1] of any size into a FeatureMap [V, C, h, w]."""
         promised = self.config.shape_at(self.config.size_at((views.shape[-2], views.shape[-1])))
-        feature_map = FeatureMap(self.encode(self.pixels(views)))
+        # Frozen weights and plain pictures need no graph, and encoders save memory where they know that.
+        learns = views.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            feature_map = FeatureMap(self.encode(self.pixels(views)))
         if feature_map.shape != promised:
             raise RuntimeError(f"{self.config.type_name} promised {promised} and gave {feature_map.shape}")
         return feature_map

@@ -85,6 +85,21 @@ class ConvNextConfig(ExpertConfig):
         return ConvNextExpert(self)
 
 
+PIECE = 4096
+"""Cells whose four times wider hidden layer is held at a time if no gradient needs it; 1024 pixels have 65,536."""
+
+
+def block_in_pieces(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)` of the library's block, x [V, C, h, w], with the part that works cell by cell in pieces."""
+    cells = layer.dwconv(x).permute(0, 2, 3, 1)
+    shape = cells.shape
+    pieces = []
+    for piece in cells.reshape(-1, shape[-1]).split(PIECE):
+        piece = layer.pwconv2(layer.act(layer.pwconv1(layer.layernorm(piece))))
+        pieces.append(piece if layer.layer_scale_parameter is None else layer.layer_scale_parameter * piece)
+    return x + torch.cat(pieces).view(shape).permute(0, 3, 1, 2)
+
+
 class ConvNextExpert(Expert):
     config: ConvNextConfig
     gradient_checkpointing = False  # transformers sets this and the function below in every module that has it
@@ -106,7 +121,10 @@ class ConvNextExpert(Expert):
             for layer in stage.downsampling_layer:
                 x = layer(x)
             for layer in stage.layers:
-                x = self._gradient_checkpointing_func(layer, x) if self.checkpoints else layer(x)
+                if self.checkpoints:
+                    x = self._gradient_checkpointing_func(layer, x)
+                else:
+                    x = layer(x) if torch.is_grad_enabled() else block_in_pieces(layer, x)
         return x
 
     @property

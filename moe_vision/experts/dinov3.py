@@ -23,7 +23,8 @@ def dinov3_spec(name: str, **architecture: Any) -> ExpertSpec:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         pretraining="self-distillation, 1.7G web images",
-        architecture={"patch_size": 16, "num_register_tokens": 4, **architecture},
+        # Pre-training rescaled positions at random, an augmentation that the library repeats in training mode.
+        architecture={"patch_size": 16, "num_register_tokens": 4, "pos_embed_rescale": None, **architecture},
         # Rotary frequencies are made anew.
         optional_keys=("rope_embeddings.",),
     )

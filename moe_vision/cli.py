@@ -296,10 +296,25 @@ def list_micro(as_json: AsJson = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; a fault of the user's input ends with its message and exit code 2, without a traceback."""
+    """The console script: one command in a process of its own."""
     # Importing torch and transformers makes objects by the hundred thousand that live to the end; collecting among them
     # at Python's default pace is a quarter of a short command's time.
     gc.set_threshold(100_000)
+    try:
+        command()
+    except SystemExit as end:
+        if end.code or threading.active_count() > 1 or multiprocessing.active_children():
+            raise
+        leave()
+
+
+def command() -> None:
+    """Run the command of `sys.argv`; a fault of the user's input ends with its message and exit code 2, without a
+    traceback.
+
+    Raises:
+        SystemExit: always, with the command's exit code.
+    """
     debug = "--debug" in sys.argv
     try:
         app()
@@ -308,14 +323,11 @@ def main() -> None:
             raise
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
         sys.exit(2)
-    except SystemExit as end:
-        if end.code or threading.active_count() > 1 or multiprocessing.active_children():
-            raise
-        leave()
 
 
 def leave() -> None:
-    """End the process without taking a million objects apart one by one: a second of a short command."""
+    """End the process without taking a million objects apart one by one: a second of a short command. Only `main` may
+    call it: whatever else the process was about to do is lost."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,8 +21,7 @@ def run(
     monkeypatch.setattr(sys, "argv", ["moe-vision", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as caught:
-        cli.main()
-        sys.exit(0)
+        cli.command()
     out, err = capsys.readouterr()
     return int(caught.value.code or 0), out, err
 
@@ -124,3 +123,34 @@ def test_plugin_option_registers_what_a_folder_needs(monkeypatch, capsys, tmp_pa
     assert code == 0 and "experts.mine" in out, err
     code, _, err = run(monkeypatch, capsys, "--plugin", tmp_path / "no.py", "show", tmp_path / "model.yaml")
     assert code == 2 and "no such file" in err
+
+
+def test_show_lists_the_zoo(monkeypatch, capsys) -> None:
+    code, out, _ = run(monkeypatch, capsys, "show", "--experts", "--json")
+    entries = {(entry["expert"], entry["variant"]): entry for entry in json.loads(out)}
+    assert code == 0
+    eva02 = entries["eva02", "large_coco_det"]
+    assert (eva02["tokens"], eva02["channels"], eva02["stride_px"], eva02["licence"]) == (4096, 1024, 16, "mit")
+    assert eva02["parameters"] == pytest.approx(303.4e6, rel=0.01) and eva02["flops"] == pytest.approx(
+        3.10e12, rel=0.01
+    )
+    assert entries["clip", "vit_large_patch14_336"]["weights"] == "openai/clip-vit-large-patch14-336"
+    assert {"siglip", "dinov3", "radio", "timm"} <= {expert for expert, _ in entries}
+    code, _, err = run(monkeypatch, capsys, "show", CONFIGS / "model/micro.yaml", "--experts")
+    assert code == 2 and "takes no config" in err
+    code, _, err = run(monkeypatch, capsys, "show")
+    assert code == 2 and "show needs a config, or --experts" in err
+
+
+@pytest.mark.parametrize("name", ["eagle-x4", "eagle-x5", "eagle-x5-released"])
+def test_every_eagle_preset_shows_offline(monkeypatch, capsys, name: str) -> None:
+    code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / f"model/{name}.yaml", "--json")
+    cost = json.loads(out)["cost"]
+    channels = {part["part"]: part["channels"] for part in cost["parts"]}
+    assert code == 0 and cost["visual_tokens"] == 1024
+    assert channels["mixers.overview"] == (6656 if name == "eagle-x4" else 7680)
+
+
+def test_import_of_what_is_no_eagle_folder(monkeypatch, capsys, tmp_path: Path) -> None:
+    code, _, err = run(monkeypatch, capsys, "import", "eagle", tmp_path, "-o", tmp_path / "out")
+    assert code == 2 and "has no config.json: give the folder of an Eagle checkpoint" in err.replace("\n", " ")

@@ -124,7 +124,9 @@ class ConvNextExpert(Expert):
                 if self.checkpoints:
                     x = self._gradient_checkpointing_func(layer, x)
                 else:
-                    x = layer(x) if torch.is_grad_enabled() else block_in_pieces(layer, x)
+                    # On the meta device there is no memory to save, and counting is quicker with one piece.
+                    whole = torch.is_grad_enabled() or x.is_meta
+                    x = layer(x) if whole else block_in_pieces(layer, x)
         return x
 
     @property

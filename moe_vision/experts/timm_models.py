@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from transformers import TimmWrapperConfig, TimmWrapperModel
+from transformers import AutoConfig, AutoModel
 
 from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, HALF, Expert, ExpertConfig, ExpertSpec
 from moe_vision.registry import EXPERTS, suggest
@@ -167,7 +167,9 @@ class TimmExpert(Expert):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__(config)
         arguments = timm_arguments(config.variant, dict(config.architecture))
-        self.model = TimmWrapperModel(TimmWrapperConfig(architecture=config.variant, model_args=arguments))
+        # By way of the Auto classes: importing the wrapper's own imports timm, which only this family needs.
+        library = AutoConfig.for_model("timm_wrapper", architecture=config.variant, model_args=arguments)
+        self.model = AutoModel.from_config(library)
         prune(self.model.timm_model, config.final_norm)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from moe_vision.data.chat import message, render
+from moe_vision.data.chat import image_tokens, message, render
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 
@@ -77,33 +77,43 @@ def generate(
 ) -> list[str]:
     """Greedy answers to conversations with their pictures. Each distinct picture of the batch is encoded once."""
     texts = [render(processor, [message(turn) for turn in turns], generation=True) for turns, _ in prompts]
-    paths = [path for _, images in prompts for path in images]
-    placeholders = processor.image_token * processor.num_image_tokens
+    pictures = [(path, len(images)) for _, images in prompts for path in images]
     inputs = processor.tokenizer(
-        [text.replace(processor.image_token, placeholders) for text in texts],
+        [with_placeholders(text, images, processor) for text, (_, images) in zip(texts, prompts, strict=True)],
         padding=True,
         padding_side="left",
         add_special_tokens=False,
         return_token_type_ids=False,
         return_tensors="pt",
     ).to(model.device)
-    encoded: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, processor, paths)}} if paths else {}
+    encoded: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, processor, pictures)}} if pictures else {}
     output: Any = model.generate(  # type: ignore[misc]
         **inputs, **encoded, max_new_tokens=max_new_tokens, do_sample=False
     )
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def with_placeholders(text: str, images: Sequence[Path], processor: MoeVisionProcessor) -> str:
+    """A prompt with as many placeholders for each of its image markers as the image has tokens."""
+    first, *rest = text.split(processor.image_token)
+    counts = image_tokens(images, processor)
+    return first + "".join(processor.image_token * n + part for n, part in zip(counts, rest, strict=True))
+
+
 def encode(
-    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path]
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, pictures: Sequence[tuple[Path, int]]
 ) -> BaseModelOutputWithPooling:
-    """Visual tokens [N, D] for every path in order, as `pooler_output`; each distinct path is encoded once."""
-    distinct = list(dict.fromkeys(paths))
-    views = processor.image_processor([load_image(path) for path in distinct], return_tensors="pt")["pixel_values"]
-    encoded: Any = model.get_image_features(views.to(model.device), return_dict=True)
-    by_path = dict(zip(distinct, encoded.pooler_output, strict=True))
+    """Tokens [N, D] for every picture (its path, and how many its prompt has) in order, as `pooler_output`; each
+    distinct one is encoded once."""
+    distinct = list(dict.fromkeys(pictures))
+    inputs = processor.image_processor(
+        [load_image(path) for path, _ in distinct], images_per_prompt=[n for _, n in distinct], return_tensors="pt"
+    )
+    views, sizes = inputs["pixel_values"].to(model.device), inputs["image_sizes"].to(model.device)
+    encoded: Any = model.get_image_features(views, sizes, return_dict=True)
+    by_picture = dict(zip(distinct, encoded.pooler_output, strict=True))
     output = BaseModelOutputWithPooling()
-    output["pooler_output"] = [by_path[path] for path in paths]
+    output["pooler_output"] = [by_picture[picture] for picture in pictures]
     return output
 
 

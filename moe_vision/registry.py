@@ -67,3 +67,4 @@ class Registry(Mapping[str, type]):
 EXPERTS = Registry("expert")
 MIXERS = Registry("mixer")
 ADAPTERS = Registry("adapter")
+SLICING = Registry("slicing policy")

@@ -1,12 +1,14 @@
 """Conversations → token ids and labels, by the tokenizer's own chat template; only answers are learnt."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moe_vision.data.records import IMAGE_MARKER, Record, Turn
+from moe_vision.data.records import IMAGE_MARKER, Record, Turn, image_size
 from moe_vision.modeling import MoeVisionProcessor
 
 IGNORED = -100
@@ -45,15 +47,25 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = []
     labels: list[int] = []
+    counts = iter(image_tokens(record.images, processor))
     for token, (start_at, end_at) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if token == processor.image_token_id:
-            ids += [token] * processor.num_image_tokens
-            labels += [IGNORED] * processor.num_image_tokens
+            count = next(counts)
+            ids += [token] * count
+            labels += [IGNORED] * count
         else:
             ids.append(token)
             learnt = any(start <= start_at and end_at <= end for start, end in spans)
             labels.append(token if learnt else IGNORED)
     return Tokenised(ids, labels)
+
+
+def image_tokens(images: Sequence[Path], processor: MoeVisionProcessor) -> list[int]:
+    """Placeholders of each image of one prompt, planned from the sizes in their headers."""
+    policy = processor.image_processor.policy
+    if policy.one_view:  # no header need be read
+        return [policy.plan(policy.canvas).num_tokens] * len(images)
+    return [policy.plan(image_size(path), len(images)).num_tokens for path in images]
 
 
 def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, list[tuple[int, int]]]:

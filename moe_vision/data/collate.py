@@ -1,6 +1,7 @@
 """Records → batches: pictures decode in `__getitem__`, so that workers can do it; text is tokenised once, up front."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch.utils.data import Dataset
 from moe_vision.data.chat import IGNORED, Tokenised, tokenise
 from moe_vision.data.records import Record, load_image
 from moe_vision.modeling import MoeVisionProcessor
+from moe_vision.modeling.image_processing_moe_vision import join_views
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Tokenised records with their views [images, 3, H, W].
+    """Tokenised records with their views [V, 3, H, W] and sizes of images.
 
     features: mixed tokens [images, N, C] of every distinct picture by its path, where the vision tower is frozen and
     was run before; pictures are not decoded then.
@@ -38,14 +40,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if record.images and self.features is not None:
             item["mixed_tokens"] = torch.stack([self.features[path] for path in record.images])
         elif record.images:
-            item["pixel_values"] = views_of(record, self.processor)
+            item |= views_of(record.images, self.processor)
         return item
 
 
-def views_of(record: Record, processor: MoeVisionProcessor) -> torch.Tensor:
-    """Views [images, 3, H, W] in [0, 1] of a record's pictures."""
-    pictures = [load_image(path) for path in record.images]
-    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+def views_of(images: Sequence[Path], processor: MoeVisionProcessor) -> dict[str, torch.Tensor]:
+    """pixel_values [V, 3, H, W] in [0, 1] and image_sizes [images, 3] of the pictures of one prompt."""
+    pictures = [load_image(path) for path in images]
+    inputs = processor.image_processor(pictures, images_per_prompt=[len(images)] * len(images), return_tensors="pt")
+    return {name: inputs[name] for name in ("pixel_values", "image_sizes")}
 
 
 class Collator:
@@ -65,7 +68,7 @@ class Collator:
             labels[row, :size] = torch.tensor(item["labels"])
             mask[row, :size] = 1
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        for key in ("pixel_values", "mixed_tokens"):
+        for key, join in (("pixel_values", join_views), ("image_sizes", torch.cat), ("mixed_tokens", torch.cat)):
             if parts := [item[key] for item in items if key in item]:
-                batch[key] = torch.cat(parts)
+                batch[key] = join(parts)
         return batch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_MARKER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -157,6 +157,20 @@ def check_image(path: Path) -> None:
         raise ValueError(f"image '{path}': cannot be read as a picture ({error}); replace it") from None
     if min(width, height) < 1:
         raise ValueError(f"image '{path}': is {height}x{width} pixels, nothing to see; replace it")
+
+
+TURNED = frozenset({5, 6, 7, 8})
+"""Values of the EXIF orientation that swap height and width."""
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) of a picture as `load_image` gives it, from its header alone. Raises ValueError."""
+    path = Path(path)
+    check_image(path)
+    with Image.open(path) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
+    return (width, height) if turned else (height, width)
 
 
 def load_image(path: Path | str) -> Image.Image:

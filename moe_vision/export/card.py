@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.modeling.cost import SLICED_SIZE
 
 TEMPLATE = """\
 ---
@@ -18,7 +19,7 @@ tags:
 # A mixture of vision experts
 
 A `{language}` language model of width {width} that sees through {count} vision experts, fused by
-moe-vision: {parameters:.1f} M parameters, {tokens} visual tokens per image.
+moe-vision: {parameters:.1f} M parameters, {tokens}.
 
 ## Vision experts
 
@@ -80,12 +81,22 @@ def model_card(
         width=model.config.text_config.hidden_size,
         count=len(experts),
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        tokens=processor.num_image_tokens,
+        tokens=token_note(processor),
         experts="\n".join(experts),
         branches="\n".join(branches),
         results=results_table(metrics or {}),
         prompt=CHAT_PROMPT if processor.chat_template else plain_prompt,
     )
+
+
+def token_note(processor: MoeVisionProcessor) -> str:
+    """How many tokens an image becomes."""
+    policy = processor.image_processor.policy
+    tokens = processor.num_image_tokens(SLICED_SIZE)
+    if policy.one_view:
+        return f"{tokens} visual tokens per image"
+    height, width = SLICED_SIZE
+    return f"images sliced by `{policy.type_name}`, {tokens} visual tokens for one of {height}x{width} pixels"
 
 
 def described(values: Mapping[str, Any]) -> str:

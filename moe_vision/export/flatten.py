@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_vision.modeling.configuration_moe_vision import FORMAT_VERSION, MoeVisionConfig
-from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS
+from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SLICING
 
 PACKAGE = "moe_vision"
 MODULE_NAME = "modeling_moe_vision"
@@ -95,11 +95,12 @@ def flatten(config: MoeVisionConfig, plugins: Sequence[Path] = ()) -> str:
 
 
 def used_modules(config: MoeVisionConfig) -> list[str]:
-    """Modules of the experts, mixers and adapters that a config names, in its order, each once."""
+    """Modules of the experts, mixers, adapters and slicing that a config names, in its order, each once."""
     vision = config.vision_config
     classes = [EXPERTS[expert["type"]] for expert in vision.experts]
     for branch in vision.branches.values():
         classes += [MIXERS[branch["mixer"]["type"]], ADAPTERS[branch["adapter"]["type"]]]
+    classes.append(SLICING[vision.slicing["type"]])
     return list(dict.fromkeys(cls.__module__ for cls in classes))
 
 

@@ -40,6 +40,11 @@ class MixerConfig(FusionConfig):
 class AdapterConfig(FusionConfig):
     """Config of an adapter; `hidden_size` is the width of the language model."""
 
+    @property
+    def any_grid(self) -> bool:
+        """Whether one module takes views of every grid; false where its parameters belong to the one it is for."""
+        return True
+
     def shape(self, inputs: TokenShape, hidden_size: int) -> TokenShape:
         """Tokens of one view as the language model sees them. Raises ValueError where the input does not fit."""
         raise NotImplementedError(f"{type(self).__name__} must define shape()")

@@ -35,6 +35,10 @@ class MlpConfig(AdapterConfig):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} of mlp: must be at least 1")
 
+    @property
+    def any_grid(self) -> bool:
+        return not self.positions
+
     def shape(self, inputs: TokenShape, hidden_size: int) -> TokenShape:
         if self.pool == 1:
             return TokenShape(inputs.num_tokens, hidden_size, inputs.grid)

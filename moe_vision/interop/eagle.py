@@ -98,7 +98,8 @@ def composition(source: Path, overrides: Sequence[str] = ()) -> ModelConfig:
         "architecture": {"model_type": "llama", **architecture},
     }
     # Fine-tuning padded, pre-training cropped: `image_aspect_ratio` says which of them made this folder.
-    values["image_fit"] = "pad" if published.get("image_aspect_ratio", "square") == "pad" else "crop"
+    fit = "pad" if published.get("image_aspect_ratio", "square") == "pad" else "crop"
+    values["slicing"] = {**values["slicing"], "fit": fit}
     for override in overrides:
         values = apply_override(values, override)
     return validate(ModelConfig, values, source=str(path))

@@ -34,7 +34,7 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
         raise ValueError("language_model has no tokenizer: give `tokenizer`, a Hub id or a folder")
     tokenizer = load_tokenizer(located(source), language.image_token)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-    hf_config = config.hf_config(image_token_id)
+    hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer))
     model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
     for name, expert in config.experts.items():
         if expert.pretrained is not None:
@@ -68,6 +68,26 @@ def load_tokenizer(source: str, image_token: str) -> Any:
     return tokenizer
 
 
+def marker_ids(config: ModelConfig, tokenizer: Any) -> dict[str, int]:
+    """Tokens of the slicing's markers that have a text, by the marker's name, from the tokenizer in use.
+
+    Raises ValueError where the tokenizer has no single token for a text.
+    """
+    ids = {}
+    for marker in config.slicing.markers():
+        if marker.text is None:
+            continue
+        before = tokenizer(marker.follows, add_special_tokens=False)["input_ids"] if marker.follows else []
+        both = tokenizer(marker.follows + marker.text, add_special_tokens=False)["input_ids"]
+        if len(both) != len(before) + 1 or both[:-1] != before or both[-1] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"slicing '{config.slicing.type_name}' marks with {marker.text!r} ({marker.name}), which is no single "
+                f"token of the tokenizer '{tokenizer.name_or_path}': choose another text for it"
+            )
+        ids[marker.name] = both[-1]
+    return ids
+
+
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
     """Copy a causal language model's weights into the fused model, exactly."""
     causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -77,20 +97,10 @@ def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -
 
 
 def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: Any) -> MoeVisionProcessor:
-    """The processor whose placeholder count and canvas are derived from the model's config."""
-    vision = hf_config.vision_config
-    height, width = vision.canvas_size()
-    tokens = vision.adapter("overview").shape(vision.mixed_shape("overview"), hf_config.text_config.hidden_size)
-    image_processor = MoeVisionImageProcessor(
-        size={"height": height, "width": width},
-        do_pad=config.image_fit == "pad",
-        do_center_crop=config.image_fit == "crop",
-        padding_colour=list(config.padding_colour),
-    )
+    """The processor whose slicing and placeholder counts are those of the model."""
     return MoeVisionProcessor(
-        image_processor=image_processor,
+        image_processor=MoeVisionImageProcessor(slicing=hf_config.vision_config.slicing),
         tokenizer=tokenizer,
-        num_image_tokens=tokens.num_tokens,
         chat_template=config.language_model.template() or tokenizer.chat_template,
     )
 

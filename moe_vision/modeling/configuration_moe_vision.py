@@ -7,7 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moe_vision.experts.base import ExpertConfig
 from moe_vision.fusion.base import AdapterConfig, MixerConfig
-from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, Registry
+from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SLICING, Registry
+from moe_vision.slicing.base import SlicingPolicy
+from moe_vision.slicing.plan import Role, Size
 from moe_vision.types import MapShape, TokenShape
 
 FORMAT_VERSION = 1
@@ -21,7 +23,9 @@ def from_plain(registry: Registry, values: Mapping[str, Any]) -> Any:
 class MoeVisionVisionConfig(PreTrainedConfig):
     """Experts in their order, and the mixer and adapter of each branch, as plain dicts.
 
-    experts: list of {name, type, variant, …}; branches: {branch name: {mixer: {type, …}, adapter: {type, …}}}.
+    experts: list of {name, type, variant, …}; branches: {overview or slices: {experts: names, mixer: {type, …},
+    adapter: {type, …}}}, where slices without an entry go through the overview's. slicing: {type, …}. marker_ids:
+    tokens of the tokenizer for markers that have a text, by name.
     """
 
     model_type = "moe_vision_tower"
@@ -31,10 +35,14 @@ class MoeVisionVisionConfig(PreTrainedConfig):
         self,
         experts: list[dict[str, Any]] | None = None,
         branches: dict[str, dict[str, Any]] | None = None,
+        slicing: dict[str, Any] | None = None,
+        marker_ids: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.experts = experts or []
         self.branches = branches or {}
+        self.slicing = slicing or {"type": "none"}
+        self.marker_ids = marker_ids or {}
         super().__init__(**kwargs)
 
     def expert_configs(self) -> dict[str, ExpertConfig]:
@@ -45,9 +53,19 @@ class MoeVisionVisionConfig(PreTrainedConfig):
             configs[values["name"]] = from_plain(EXPERTS, {**plain, "pretrained": None})
         return configs
 
-    def map_shapes(self) -> dict[str, MapShape]:
-        """Every expert's map, by name."""
-        return {name: config.shape for name, config in self.expert_configs().items()}
+    def branch_of(self, role: Role) -> str:
+        """Which branch views of this role go through."""
+        return "slices" if role == "slice" and "slices" in self.branches else "overview"
+
+    def branch_experts(self, branch: str) -> list[str]:
+        """Names of the experts of a branch, in their order; all where it names none."""
+        return self.branches[branch].get("experts") or [expert["name"] for expert in self.experts]
+
+    def map_shapes(self, branch: str, size: Size | None = None) -> dict[str, MapShape]:
+        """Maps of a branch's experts by name, of a view of `size`, or of one at each expert's own size."""
+        configs = self.expert_configs()
+        chosen = {name: configs[name] for name in self.branch_experts(branch)}
+        return {n: c.shape if size is None else c.shape_at(c.size_at(size)) for n, c in chosen.items()}
 
     def mixer(self, branch: str) -> MixerConfig:
         return from_plain(MIXERS, self.branches[branch]["mixer"])
@@ -55,14 +73,34 @@ class MoeVisionVisionConfig(PreTrainedConfig):
     def adapter(self, branch: str) -> AdapterConfig:
         return from_plain(ADAPTERS, self.branches[branch]["adapter"])
 
-    def mixed_shape(self, branch: str) -> TokenShape:
+    def mixed_shape(self, branch: str, size: Size | None = None) -> TokenShape:
         """Tokens of one view after the mixer of `branch`."""
-        return self.mixer(branch).shape(self.map_shapes())
+        return self.mixer(branch).shape(self.map_shapes(branch, size))
 
-    def canvas_size(self) -> tuple[int, int]:
+    def canvas_size(self) -> Size:
         """Size (height, width) in pixels that holds every expert's input without enlarging a smaller one's view."""
         sizes = [config.size for config in self.expert_configs().values()]
         return (max(height for height, _ in sizes), max(width for _, width in sizes))
+
+    def tokens_of(self, role: Role, size: Size) -> TokenShape:
+        """Tokens of a view for the language model, of a width that does not matter here. Raises ValueError."""
+        branch = self.branch_of(role)
+        mixed, adapter = self.mixed_shape(branch, size), self.adapter(branch)
+        built_for = self.mixed_shape(branch)
+        if not adapter.any_grid and mixed.grid != built_for.grid:
+            raise ValueError(
+                f"adapter '{adapter.type_name}' of branch '{branch}' is made for a grid of {built_for.grid} and "
+                f"slicing gives it views of {mixed.grid}: choose one that takes any grid"
+            )
+        return adapter.shape(mixed, 1)
+
+    def policy(self) -> SlicingPolicy:
+        """The slicing policy with this model's numbers of tokens. Raises ValueError where they do not fit."""
+        values = dict(self.slicing)
+        if values["type"] == "none" and values.get("size") is None:
+            values["size"] = self.canvas_size()
+        policy: SlicingPolicy = from_plain(SLICING, values)
+        return policy.fitted(self.tokens_of)
 
 
 class MoeVisionConfig(PreTrainedConfig):

@@ -1,6 +1,7 @@
 """What a composition costs, before a weight exists: parameters, tokens and FLOPs, counted on the meta device."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.experts.weights import spec_source
+from moe_vision.modeling.configuration_moe_vision import MoeVisionVisionConfig
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.slicing import Size
 from moe_vision.types import FeatureMap, VisualTokens
+
+SLICED_SIZE = (672, 1008)
+"""Image size (height, width) that a sliced model's cost is shown for: LLaVA-UHD's example."""
 
 TEXT_TOKENS = 64
 """Text tokens beside the visual ones in the language model's cost."""
@@ -35,10 +41,14 @@ class PartCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of every part of a composition. visual_tokens: per image, as the language model sees them."""
+    """Costs of every part of a composition for one image. visual_tokens: as the language model sees them, markers
+    included. size: of the image, where the cost depends on it.
+    """
 
     parts: list[PartCost]
     visual_tokens: int
+    size: Size | None = None
+    views: int = 1
 
     @property
     def parameters(self) -> int:
@@ -52,56 +62,86 @@ class CostTable:
         return {
             "parts": [asdict(part) for part in self.parts],
             "visual_tokens": self.visual_tokens,
+            "image_size": self.size,
+            "views": self.views,
             "parameters": self.parameters,
             "flops": self.flops,
         }
 
 
-def cost(config: ModelConfig) -> CostTable:
-    """Build every part on the meta device and count one image's forward pass."""
-    parts = []
-    maps = {name: expert.shape for name, expert in config.experts.items()}
-    branch = config.branches.overview
-    mixed = branch.mixer.shape(maps)
+def cost(config: ModelConfig, size: Size = SLICED_SIZE) -> CostTable:
+    """Build every part on the meta device and count the forward pass of one image of `size` (height, width).
+
+    Without slicing every size costs the same. Raises PlanError if the slicing refuses the size.
+    """
     text_config = config.language_model.text_config()
-    tokens = branch.adapter.shape(mixed, text_config.hidden_size)
+    width = text_config.hidden_size
+    vision = config.vision_config()
+    plan = vision.policy().plan(size)
+    views = Counter((vision.branch_of(view.role), view.size) for view in plan.views)
+    parts = []
     with torch.device("meta"), torch.no_grad():
         for name, expert in config.experts.items():
-            module, view = expert.build(), torch.empty(1, 3, *expert.size)
+            module = expert.build()
+            inputs = Counter[Size]()
+            for (branch, view), number in views.items():
+                if name in vision.branch_experts(branch):
+                    inputs[expert.size_at(view)] += number
+            flops = sum(n * flops_of(module, torch.empty(1, 3, *view)) for view, n in inputs.items())
+            first = next(iter(inputs), expert.size)
+            seen = f", {inputs.total()} views" if inputs.total() != 1 else ""
             parts.append(
                 PartCost(
-                    f"experts.{name}", f"{expert.type_name} {expert.variant}", expert.size, expert.shape.grid,
-                    expert.channels, count(module), flops_of(module, view),
+                    f"experts.{name}", f"{expert.type_name} {expert.variant}{seen}", first, expert.shape_at(first).grid,
+                    expert.channels, count(module), flops,
                 )
             )  # fmt: skip
-        inputs = {name: FeatureMap(torch.empty(1, shape.channels, *shape.grid)) for name, shape in maps.items()}
-        mixer = branch.mixer.build(maps)
-        parts.append(
-            PartCost(
-                "mixers.overview", branch.mixer.type_name, None, mixed.grid, mixed.channels, count(mixer),
-                flops_of(mixer, inputs),
-            )
-        )  # fmt: skip
-        adapter = branch.adapter.build(mixed, text_config.hidden_size)
-        visual = VisualTokens(torch.empty(1, mixed.num_tokens, mixed.channels), mixed.grid)
-        parts.append(
-            PartCost(
-                "adapters.overview", branch.adapter.type_name, None, tokens.grid, tokens.channels, count(adapter),
-                flops_of(adapter, visual),
-            )
-        )  # fmt: skip
+        parts += fusion_costs(vision, views, width)
         language_model = AutoModelForCausalLM.from_config(text_config)
-        length = tokens.num_tokens + TEXT_TOKENS
-        embedded = torch.empty(1, length, text_config.hidden_size)
+        length = plan.num_tokens + TEXT_TOKENS
+        embedded = torch.empty(1, length, width)
         causal = torch.ones(1, 1, length, length, dtype=torch.bool)  # given, since making one reads values
         parts.append(
             PartCost(
-                "language_model", f"{text_config.model_type}, {tokens.num_tokens} + {TEXT_TOKENS} tokens", None, None,
-                text_config.hidden_size, count(language_model),
+                "language_model", f"{text_config.model_type}, {plan.num_tokens} + {TEXT_TOKENS} tokens", None, None,
+                width, count(language_model),
                 flops_of(language_model, inputs_embeds=embedded, attention_mask=causal, use_cache=False),
             )
         )  # fmt: skip
-    return CostTable(parts, tokens.num_tokens)
+    return CostTable(parts, plan.num_tokens, None if config.slicing.one_view else size, len(plan.views))
+
+
+def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size], int], width: int) -> list[PartCost]:
+    """Mixer and adapter of each branch, over all views of an image."""
+    mixers, adapters = [], []
+    for branch in vision.branches:
+        mixer = vision.mixer(branch).build(vision.map_shapes(branch))
+        adapter = vision.adapter(branch).build(vision.mixed_shape(branch), width)
+        mixer_flops = adapter_flops = 0
+        sizes = {size: number for (name, size), number in views.items() if name == branch}
+        for size, number in sizes.items():
+            shapes = vision.map_shapes(branch, size)
+            maps = {name: FeatureMap(torch.empty(1, shape.channels, *shape.grid)) for name, shape in shapes.items()}
+            mixed = vision.mixed_shape(branch, size)
+            mixer_flops += number * flops_of(mixer, maps)
+            tokens = VisualTokens(torch.empty(1, mixed.num_tokens, mixed.channels), mixed.grid)
+            adapter_flops += number * flops_of(adapter, tokens)
+        first = next(iter(sizes), None)
+        mixed = vision.mixed_shape(branch, first)
+        out = vision.adapter(branch).shape(mixed, width)
+        mixers.append(
+            PartCost(
+                f"mixers.{branch}", vision.mixer(branch).type_name, None, mixed.grid, mixed.channels, count(mixer),
+                mixer_flops,
+            )
+        )  # fmt: skip
+        adapters.append(
+            PartCost(
+                f"adapters.{branch}", vision.adapter(branch).type_name, None, out.grid, out.channels, count(adapter),
+                adapter_flops,
+            )
+        )  # fmt: skip
+    return [*mixers, *adapters]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 configs/model/micro.yaml ─ ModelConfig ─ hf_config() ─ MoeVisionConfig
 """
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,23 +15,34 @@ from moe_vision.config import Config, Registered
 from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.experts.weights import located
 from moe_vision.fusion import ADAPTERS, MIXERS, AdapterConfig, MixerConfig
-from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig
+from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
+from moe_vision.registry import suggest
+from moe_vision.slicing import SLICING, NoSlicing, SlicingPolicy
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields of language models whose logits are more than a plain `lm_head`: refused, not silently wrong."""
 
 
 class BranchConfig(Config):
-    """How the views of one branch become visual tokens."""
+    """How the views of one branch become visual tokens. experts: names, all of the model's if null."""
 
+    experts: list[str] | None = Field(None, min_length=1)
     mixer: Annotated[MixerConfig, Registered(MIXERS)]
     adapter: Annotated[AdapterConfig, Registered(ADAPTERS)]
 
 
 class BranchesConfig(Config):
-    """overview: the whole image in one view."""
+    """overview: the whole image in one view. slices: the parts of it that a slicing policy cuts. shared: slices go
+    through the overview's mixer and adapter, in place of their own.
+    """
 
     overview: BranchConfig
+    slices: BranchConfig | None = None
+    shared: bool = False
+
+    def items(self) -> list[tuple[str, BranchConfig]]:
+        """Branches that have a mixer and an adapter of their own, by name."""
+        return [(n, branch) for n in ("overview", "slices") if (branch := getattr(self, n)) is not None]
 
 
 def packaged_config(name: str) -> Path:
@@ -87,10 +99,8 @@ class LanguageModelConfig(Config):
 
 
 class ModelConfig(Config):
-    """A fused model: experts in their order, one branch over them, a language model.
-
-    image_fit: `pad` keeps an image's shape and pads it to the canvas, `stretch` gives its shape up, `crop` its margins.
-    padding_colour: red, green and blue in 0..255; mid-grey, because experts differ in their mean.
+    """A fused model: experts in their order, one or two branches over them, a language model; slicing says which views
+    of an image it sees.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -99,8 +109,7 @@ class ModelConfig(Config):
     experts: dict[str, Annotated[ExpertConfig, Registered(EXPERTS)]] = Field(min_length=1)
     branches: BranchesConfig
     language_model: LanguageModelConfig
-    image_fit: Literal["pad", "stretch", "crop"] = "pad"
-    padding_colour: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field((127, 127, 127), min_length=3, max_length=3)
+    slicing: Annotated[SlicingPolicy, Registered(SLICING)] = Field(default_factory=NoSlicing)
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -121,20 +130,54 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
-        mixed = self.branches.overview.mixer.shape({name: expert.shape for name, expert in self.experts.items()})
-        self.branches.overview.adapter.shape(mixed, hidden_size=1)  # its width does not change whether it fits
+        named = [name for _, branch in self.branches.items() for name in branch.experts or []]
+        for name in named:
+            if name not in self.experts:
+                raise ValueError(f"a branch names the expert '{name}': {suggest(name, list(self.experts))}")
+        idle = [name for name in self.experts if named and not self._used(name)]
+        if idle:
+            raise ValueError(f"experts {idle} are in no branch: name them in one, or take them out of experts")
+        sliced, policy = self.branches.slices is not None or self.branches.shared, self.slicing.type_name
+        if self.branches.slices is not None and self.branches.shared:
+            raise ValueError("branches has slices and shared: true: leave one of them out")
+        if self.slicing.has_slices and not sliced:
+            raise ValueError(
+                f"slicing '{policy}' cuts slices that no branch takes: add branches.slices, or branches.shared: true "
+                "to send them through the overview's"
+            )
+        if sliced and not self.slicing.has_slices:
+            raise ValueError(f"branches takes slices and slicing '{policy}' cuts none: choose another slicing")
+        self.vision_config()
         return self
 
-    def hf_config(self, image_token_id: int = 0) -> MoeVisionConfig:
-        """The transformers config of the fused model."""
-        branches = {
-            name: {"mixer": branch.mixer.to_dict(), "adapter": branch.adapter.to_dict()}
-            for name, branch in (("overview", self.branches.overview),)
-        }
-        experts = [{"name": name, **expert.to_dict()} for name, expert in self.experts.items()]
+    def _used(self, name: str) -> bool:
+        return any(branch.experts is None or name in branch.experts for _, branch in self.branches.items())
+
+    def vision_config(self, marker_ids: Mapping[str, int] | None = None) -> MoeVisionVisionConfig:
+        """The transformers config of everything before the language model."""
+        vision = MoeVisionVisionConfig(
+            experts=[{"name": name, **expert.to_dict()} for name, expert in self.experts.items()],
+            branches={
+                name: {
+                    **({"experts": branch.experts} if branch.experts else {}),
+                    "mixer": branch.mixer.to_dict(),
+                    "adapter": branch.adapter.to_dict(),
+                }
+                for name, branch in self.branches.items()
+            },
+            slicing=self.slicing.to_dict(),
+            marker_ids=dict(marker_ids or {}),
+        )
+        for name in vision.branches:
+            vision.adapter(name).shape(vision.mixed_shape(name), 1)  # its width does not change whether it fits
+        vision.slicing = vision.policy().to_dict()
+        return vision
+
+    def hf_config(self, image_token_id: int = 0, marker_ids: Mapping[str, int] | None = None) -> MoeVisionConfig:
+        """The transformers config of the fused model. marker_ids: tokens of the slicing's markers that have a text."""
         text_config = self.language_model.text_config()
         return MoeVisionConfig(
-            vision_config={"experts": experts, "branches": branches},
+            vision_config=self.vision_config(marker_ids),
             text_config=text_config.to_dict(),
             image_token_id=image_token_id,
         )
@@ -147,12 +190,16 @@ class ModelConfig(Config):
                 n: {**e.to_dict(), "pretrained": e.pretrained, "compile": e.compile} for n, e in self.experts.items()
             },
             "branches": {
-                "overview": {
-                    "mixer": self.branches.overview.mixer.to_dict(),
-                    "adapter": self.branches.overview.adapter.to_dict(),
-                }
+                **{
+                    name: {
+                        "experts": branch.experts,
+                        "mixer": branch.mixer.to_dict(),
+                        "adapter": branch.adapter.to_dict(),
+                    }
+                    for name, branch in self.branches.items()
+                },
+                "shared": self.branches.shared,
             },
             "language_model": self.language_model.model_dump(),
-            "image_fit": self.image_fit,
-            "padding_colour": list(self.padding_colour),
+            "slicing": self.slicing.to_dict(),
         }

@@ -1,9 +1,11 @@
 """The fused model: experts → mixer → adapter → language model, as a transformers model.
 
-pixel_values [V, 3, H, W] ─ VisionTower ─ VisualTokens [V, N, C] ─ adapter ─ [V, N, D] ─┐
-input_ids [B, T] ─ embeddings [B, T, D] ─ every placeholder replaced by its visual token ┴─ language model ─ loss
+pixel_values [V, 3, H, W] ─ VisionTower ─ VisualTokens [V, N, C] ─ adapter ─ [V, N, D] ─ pack, in the plan's order ─┐
+input_ids [B, T] ─ embeddings [B, T, D] ─ every placeholder replaced by its visual token ────────────────────────────┴─
+language model ─ loss
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
+from moe_vision.slicing.pack import pack
+from moe_vision.slicing.plan import Size
 from moe_vision.types import VisualTokens
 
 
 @dataclass
 class MoeVisionModelOutput(BaseModelOutputWithPast):
-    """last_hidden_state: [B, T, D]; image_hidden_states: the visual tokens [V * N, D], if there were images."""
+    """last_hidden_state: [B, T, D]; image_hidden_states: all images' tokens [count, D], if there were images."""
 
     image_hidden_states: torch.Tensor | None = None
 
@@ -62,24 +66,26 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
 
 
 class MoeVisionTower(nn.Module):
-    """Every expert on every view, then the mixer of each branch."""
+    """The experts of a branch on views of one size, then its mixer."""
 
     def __init__(self, config: MoeVisionVisionConfig) -> None:
         super().__init__()
         self.experts = nn.ModuleDict({name: expert.build() for name, expert in config.expert_configs().items()})
-        maps = config.map_shapes()
-        self.mixers = nn.ModuleDict({branch: config.mixer(branch).build(maps) for branch in config.branches})
+        self.mixers = nn.ModuleDict(
+            {branch: config.mixer(branch).build(config.map_shapes(branch)) for branch in config.branches}
+        )
+        self.branch_experts = {branch: config.branch_experts(branch) for branch in config.branches}
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first floating parameter: quantised language models leave the tower's as it was."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def forward(self, pixel_values: torch.Tensor) -> VisualTokens:
+    def forward(self, pixel_values: torch.Tensor, branch: str = "overview") -> VisualTokens:
         """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]."""
         views = pixel_values.to(self.dtype)
-        maps = {name: expert(views) for name, expert in self.experts.items()}
-        return self.mixers["overview"](maps)
+        maps = {name: self.experts[name](views) for name in self.branch_experts[branch]}
+        return self.mixers[branch](maps)
 
 
 class MoeVisionModel(MoeVisionPreTrainedModel):
@@ -93,6 +99,9 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             {branch: vision.adapter(branch).build(vision.mixed_shape(branch), width) for branch in vision.branches}
         )
         self.mixed_grid = vision.mixed_shape("overview").grid
+        self.policy = vision.policy()
+        learnt = [marker.name for marker in self.policy.markers() if marker.text is None]
+        self.markers = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * width**-0.5) for name in learnt})
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -105,23 +114,70 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         mixed_tokens: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [N, D] per image.
+        """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [tokens, D] per image.
 
-        mixed_tokens: [V, N, C], what the vision tower made of the views before, in their place.
+        image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
+        slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
+        place, where there is no slicing.
         """
-        if mixed_tokens is None:
-            assert pixel_values is not None
-            mixed = self.vision_tower(pixel_values)
+        output = BaseModelOutputWithPooling()
+        if not self.policy.one_view:
+            if pixel_values is None or image_sizes is None:
+                raise ValueError(
+                    f"slicing '{self.policy.type_name}' needs pixel_values and image_sizes: give both, as this model's "
+                    "processor makes them"
+                )
+            output["pooler_output"] = self.encode_sliced(pixel_values, image_sizes)
         else:
-            mixed = VisualTokens(mixed_tokens, self.mixed_grid)
-        tokens = self.multi_modal_projector["overview"](mixed)
-        output = BaseModelOutputWithPooling(last_hidden_state=mixed.data)
-        output["pooler_output"] = list(tokens.data)
+            if mixed_tokens is None:
+                assert pixel_values is not None
+                mixed = self.vision_tower(pixel_values)
+            else:
+                mixed = VisualTokens(mixed_tokens, self.mixed_grid)
+            output["last_hidden_state"] = mixed.data
+            output["pooler_output"] = list(self.multi_modal_projector["overview"](mixed).data)
         return output.to_tuple() if return_dict is False else output
+
+    def encode_sliced(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens [tokens, D] of each image, from all images' views [V, 3, H, W] in their plans' order.
+
+        Views of one size are encoded together, whichever images they are of.
+        """
+        plans = [self.policy.plan((height, width), images) for height, width, images in image_sizes.tolist()]
+        views = [view for plan in plans for view in plan.views]
+        if len(views) != pixel_values.shape[0]:
+            raise ValueError(
+                f"images of sizes {image_sizes.tolist()} have {len(views)} views, pixel_values holds "
+                f"{pixel_values.shape[0]}: make both with this model's processor"
+            )
+        buckets: dict[tuple[str, Size], list[int]] = defaultdict(list)
+        for row, view in enumerate(views):
+            buckets[self.config.vision_config.branch_of(view.role), view.size].append(row)
+        encoded: dict[int, torch.Tensor] = {}
+        for (branch, (height, width)), rows in buckets.items():
+            mixed = self.vision_tower(pixel_values[rows, :, :height, :width], branch)
+            encoded |= zip(rows, self.multi_modal_projector[branch](mixed).data, strict=True)
+        markers = self.marker_embeddings()
+        packed, start = [], 0
+        for plan in plans:
+            end = start + len(plan.views)
+            packed.append(pack(plan, [encoded[row] for row in range(start, end)], markers))
+            start = end
+        return packed
+
+    def marker_embeddings(self) -> dict[str, torch.Tensor]:
+        """Embedding [D] of each marker: of its token, or its own where it has none."""
+        embeddings = dict(self.markers.items())
+        if ids := self.config.vision_config.marker_ids:
+            table: Any = self.get_input_embeddings()
+            rows = table(torch.tensor(list(ids.values()), device=table.weight.device))
+            embeddings |= zip(ids, rows, strict=True)
+        return embeddings
 
     def splice(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, visual_tokens: torch.Tensor
@@ -135,18 +191,15 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        if not torch.compiler.is_compiling() and int(mask.sum()) != visual_tokens.shape[0]:
-            raise ValueError(
-                f"the text has {int(mask.sum())} image placeholders (token {self.config.image_token_id}), the images "
-                f"give {visual_tokens.shape[0]} visual tokens: make both with this model's processor, and do not "
-                "truncate through an image"
-            )
+        if not torch.compiler.is_compiling():
+            check_placeholders(int(mask.sum()), visual_tokens.shape[0], self.config.image_token_id)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens.to(inputs_embeds))
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -156,7 +209,8 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeVisionModelOutput:
-        """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the images of the batch in order.
+        """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the views of the batch's images in
+        order; image_sizes [images, 3], which slicing needs.
 
         In place of pixel_values: mixed_tokens [V, N, C], as the vision tower gives them, or mm_encoder_outputs.
         """
@@ -168,7 +222,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or mixed_tokens is not None:
-            encoded = self.get_image_features(pixel_values, mixed_tokens, return_dict=True)
+            encoded = self.get_image_features(pixel_values, image_sizes, mixed_tokens, return_dict=True)
         visual_tokens = None
         if encoded is not None:
             visual_tokens = torch.cat(tuple(encoded.pooler_output), dim=0)
@@ -189,6 +243,15 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             image_hidden_states=visual_tokens,
         )
         return result.to_tuple() if return_dict is False else result
+
+
+def check_placeholders(placeholders: int, tokens: int, image_token_id: int) -> None:
+    """Raise ValueError unless the text has exactly one placeholder for each token of its images."""
+    if placeholders != tokens:
+        raise ValueError(
+            f"the text has {placeholders} image placeholders (token {image_token_id}), the images give {tokens} "
+            "tokens: make both with this model's processor, and do not truncate through an image"
+        )
 
 
 class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixin):
@@ -223,6 +286,7 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -238,6 +302,7 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -262,3 +327,22 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """As `GenerationMixin` does it, with every image encoded once, however many beams or samples there are."""
+        views, sizes = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_sizes", None)
+        if views is not None and expand_size > 1 and input_ids is not None:
+            encoded: Any = self.get_image_features(views, sizes, return_dict=True)
+            counts = (input_ids == self.config.image_token_id).sum(1).tolist()
+            tokens = torch.cat(tuple(encoded.pooler_output))
+            check_placeholders(sum(counts), tokens.shape[0], self.config.image_token_id)
+            by_row = tokens.split(counts)
+            repeated = BaseModelOutputWithPooling()
+            repeated["pooler_output"] = [row for row in by_row for _ in range(expand_size)]
+            model_kwargs["mm_encoder_outputs"] = {"image": repeated}
+        elif views is not None:
+            model_kwargs |= {"pixel_values": views, "image_sizes": sizes}
+        mixin: Any = super()
+        return mixin._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

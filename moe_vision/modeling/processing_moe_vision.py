@@ -1,23 +1,19 @@
-"""Text and images → model inputs: every image marker becomes as many placeholders as the image has visual tokens."""
+"""Text and images → model inputs: every image marker becomes as many placeholders as the image has tokens."""
 
 from typing import Any
 
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from moe_vision.slicing.plan import Size
+
 
 class MoeVisionProcessor(ProcessorMixin):
-    """num_image_tokens: visual tokens of one image. The image marker is the tokenizer's own `image_token`."""
+    """The image marker is the tokenizer's own `image_token`; the image processor's plan says what it becomes."""
 
     def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        num_image_tokens: int = 0,
-        chat_template: str | None = None,
-        **kwargs: Any,
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
     ) -> None:
-        self.num_image_tokens = num_image_tokens
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -28,11 +24,24 @@ class MoeVisionProcessor(ProcessorMixin):
         """As `ProcessorMixin.__call__`; empty lists of images, videos and audio count as none."""
         kwargs = {key: value for key, value in kwargs.items() if key != "audios" or value}
         images = None if isinstance(images, (list, tuple)) and not any_image(images) else images
+        if images is not None and text is not None:
+            texts = [text] if isinstance(text, str) else text
+            counts = [prompt.count(self.image_token) for prompt in texts]
+            given = {**kwargs.get("images_kwargs", {}), "images_per_prompt": [n for n in counts for _ in range(n)]}
+            kwargs = {**kwargs, "images_kwargs": given}
         return super().__call__(images=images, text=text, videos=videos or None, audio=audio or None, **kwargs)
+
+    def num_image_tokens(self, size: Size, images: int = 1) -> int:
+        """Placeholders of an image of `size` (height, width), one of `images` in its prompt."""
+        return self.image_processor.plan(size, images).num_tokens
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["num_image_tokens"]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Placeholders of image `image_idx`."""
-        return self.image_token * self.num_image_tokens
+        return self.image_token * int(image_inputs["num_image_tokens"][image_idx])
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
@@ -40,8 +49,10 @@ class MoeVisionProcessor(ProcessorMixin):
         """Placeholders and rows of pixel_values for images of these sizes (height, width)."""
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        plans = [self.image_processor.plan((height, width)) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[plan.num_tokens for plan in plans], num_image_patches=[len(plan.views) for plan in plans]
+        )
 
 
 def any_image(images: Any) -> bool:

@@ -10,10 +10,12 @@ from moe_vision.registry import suggest
 
 def parameter_groups(model: MoeVisionForConditionalGeneration) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Every parameter once, in its finest group: `experts.<name>`, `mixers`, `adapters`, `language_model`."""
-    prefixes = {f"experts.{name}": f"model.vision_tower.experts.{name}." for name in model.model.vision_tower.experts}
+    prefixes: dict[str, str | tuple[str, ...]] = {
+        f"experts.{name}": f"model.vision_tower.experts.{name}." for name in model.model.vision_tower.experts
+    }
     prefixes |= {
         "mixers": "model.vision_tower.mixers.",
-        "adapters": "model.multi_modal_projector.",
+        "adapters": ("model.multi_modal_projector.", "model.markers."),
         "language_model": "model.language_model.",
     }
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in prefixes}

@@ -168,7 +168,10 @@ def encode_once(
     records: Sequence[Record],
     stage: StageConfig,
 ) -> dict[Path, torch.Tensor] | None:
-    """Mixed tokens [N, C] of every distinct picture, or None where they would not fit into the stage's `cache_gb`."""
+    """Mixed tokens [N, C] of every distinct picture; None where pictures are sliced, into views of many sizes, or where
+    they would not fit into the stage's `cache_gb`."""
+    if not model.model.policy.one_view:
+        return None
     by_path = {path: record for record in records for path in record.images}
     shape = model.config.vision_config.mixed_shape("overview")
     if len(by_path) * shape.num_tokens * shape.channels * 4 > stage.cache_gb * 1e9:
@@ -179,7 +182,7 @@ def encode_once(
     paths = list(by_path)
     for start in range(0, len(paths), stage.batch_size):
         chunk = paths[start : start + stage.batch_size]
-        views = torch.cat([views_of(Record("", (path,), ()), processor) for path in chunk])
+        views = torch.cat([views_of((path,), processor)["pixel_values"] for path in chunk])
         with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):  # as Trainer runs it
             mixed = tower(views.to(device)).data
         features |= dict(zip(chunk, mixed.cpu(), strict=True))

@@ -30,7 +30,7 @@ class StageConfig(Config):
     train: learning rate by group: `experts` or `experts.<name>`, `mixers`, `adapters`, `language_model`; all else is
     frozen. epochs or max_steps: one of them. warmup_ratio: share of the steps, below 1. save_steps: a checkpoint every
     so many steps. data: null where the command line gives it. cache_features: run a frozen vision tower once a
-    picture, where the result fits into `cache_gb`.
+    picture, where pictures are not sliced and the result fits into `cache_gb`.
     """
 
     name: str

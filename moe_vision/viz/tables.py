@@ -54,7 +54,9 @@ def zoo_table(entries: "Iterable[ZooEntry]") -> Table:
 
 
 def summary(costs: "CostTable") -> str:
-    return f"{costs.visual_tokens} visual tokens for each image"
+    if costs.size is None:
+        return f"{costs.visual_tokens} visual tokens for each image"
+    return f"{costs.visual_tokens} visual tokens in {costs.views} views for an image of {size(costs.size)} pixels"
 
 
 def stages_table(config: "TrainConfig") -> Table:

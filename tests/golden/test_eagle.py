@@ -164,9 +164,8 @@ def test_projector() -> None:
 
 def image_processor(fit: str) -> MoeVisionImageProcessor:
     return MoeVisionImageProcessor(
-        size={"height": 1024, "width": 1024}, do_pad=fit == "pad", do_center_crop=fit == "crop",
-        padding_colour=[122, 116, 104],
-    )  # fmt: skip
+        slicing={"type": "none", "size": [1024, 1024], "fit": fit, "padding_colour": [122, 116, 104]}
+    )
 
 
 @pytest.mark.parametrize("image", ["img_1024", "img_640x480"])

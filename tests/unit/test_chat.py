@@ -43,7 +43,7 @@ def test_labels_are_the_answers_with_their_end(processor: MoeVisionProcessor) ->
         f"a red circle{end}",
         f"zebra 42, été{end}",
     ]
-    assert result.input_ids.count(processor.image_token_id) == processor.num_image_tokens
+    assert result.input_ids.count(processor.image_token_id) == processor.num_image_tokens((64, 64))
     assert all(label in (IGNORED, token) for token, label in zip(result.input_ids, result.labels, strict=True))
 
 

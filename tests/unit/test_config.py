@@ -38,13 +38,13 @@ def test_every_train_preset_validates() -> None:
 
 
 def test_misspelt_key_at_three_depths_comes_at_once_with_the_nearest_names() -> None:
-    values = tiny_values(imagefit="pad")
+    values = tiny_values(slicin={"type": "none"})
     values["branches"]["overview"]["mixer"]["gird"] = [4, 4]
     values["experts"]["clip"]["layr"] = -2
     found = problems(values)
     assert len(found) == 3
     text = "\n".join(found)
-    assert "imagefit = 'pad': unknown key 'imagefit'; did you mean 'image_fit'?" in text
+    assert "slicin = {'type': 'none'}: unknown key 'slicin'; did you mean 'slicing'?" in text
     assert "branches.overview.mixer.gird = [4, 4]: unknown key 'gird'; did you mean 'grid'?" in text
     assert "experts.clip.layr = -2: unknown key 'layr'; did you mean 'layer'?" in text
 
@@ -53,7 +53,7 @@ def test_unknown_type() -> None:
     values = tiny_values()
     values["branches"]["overview"]["adapter"]["type"] = "mpl"
     assert problems(values) == [
-        "branches.overview.adapter.type = 'mpl': unknown type 'mpl'; did you mean 'mlp'? (known: mlp)"
+        "branches.overview.adapter.type = 'mpl': unknown type 'mpl'; did you mean 'mlp'? (known: cell, mlp, perceiver)"
     ]
 
 

@@ -140,7 +140,7 @@ def test_the_composition_of_a_released_checkpoint(tmp_path: Path) -> None:
     assert model.experts["clip"].size == (336, 336) and model.experts["clip"].resize == "align_corners"
     assert sum(c.channels for c in model.branches.overview.mixer.adapted({n: e.shape for n, e in model.experts.items()}).values()) == 7680  # type: ignore[attr-defined]  # fmt: skip  # noqa: E501
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert composition(tmp_path).image_fit == "crop"
+    assert composition(tmp_path).slicing.fit == "crop"  # type: ignore[attr-defined]
 
 
 def test_what_is_not_eagle_is_refused(published: Any, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_wrong_number_of_placeholders_is_an_error(tiny: tuple) -> None:
     batch = inputs(processor, [prompt(processor, "<image>read label")], [picture(0)])
     batch["input_ids"] = batch["input_ids"][:, 3:]
     batch["attention_mask"] = batch["attention_mask"][:, 3:]
-    with pytest.raises(ValueError, match=r"the text has 3 image placeholders .* the images give 4 visual tokens"):
+    with pytest.raises(ValueError, match=r"the text has 3 image placeholders .* the images give 4 tokens"):
         model(**batch)
 
 
@@ -119,8 +119,8 @@ def test_processor_pads_to_the_canvas(tiny: tuple) -> None:
     views = processor.image_processor([picture(0, 50, 200)], return_tensors="pt")["pixel_values"]
     assert views.shape == (1, 3, 128, 128)
     torch.testing.assert_close(views[0, :, 0, 0], torch.full((3,), 127 / 255))
-    values = {**tiny_values(), "image_fit": "stretch"}
-    assert validate(ModelConfig, values, source="test").image_fit == "stretch"
+    with pytest.raises(ValueError, match=r"\['size'\]: views follow from `slicing`"):
+        processor.image_processor([picture(0)], size={"height": 64, "width": 64}, return_tensors="pt")
 
 
 def test_evaluate_scores_by_task(tiny: tuple, scenes: dict[str, Path]) -> None:
@@ -144,7 +144,7 @@ def test_cost_counts_the_model_that_is_built(tiny: tuple) -> None:
     model, processor = tiny
     table = cost(validate(ModelConfig, tiny_values(), source="test"))
     assert table.parameters == count(model)
-    assert table.visual_tokens == processor.num_image_tokens
+    assert table.visual_tokens == processor.num_image_tokens((50, 200)) == 4
 
 
 def test_cost_of_eagle_x5_is_that_of_the_published_system() -> None:

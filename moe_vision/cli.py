@@ -85,6 +85,9 @@ def show(
     config: Annotated[Path | None, typer.Argument(help="A model config or a train config, in YAML.")] = None,
     overrides: Overrides = None,
     experts: Annotated[bool, typer.Option("--experts", help="List every checkpoint of the zoo instead.")] = False,
+    image_size: Annotated[
+        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the image that a sliced model's cost is for.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a config builds and costs: experts, grids, tokens, parameters, FLOPs, what each stage trains."""
@@ -114,16 +117,64 @@ def show(
             console.print(stages_table(train_config))
         return
     from moe_vision.config import load_config
-    from moe_vision.modeling.cost import cost
+    from moe_vision.modeling.cost import SLICED_SIZE, cost
     from moe_vision.modeling.model_config import ModelConfig
+    from moe_vision.viz.plans import parse_size
 
     model_config = load_config(ModelConfig, config, overrides or [])
-    costs = cost(model_config)
+    costs = cost(model_config, SLICED_SIZE if image_size is None else parse_size(image_size))
     if as_json:
         print_json({"config": model_config.to_plain(), "cost": costs.to_dict()})
     else:
         console.print(cost_table(costs))
         console.print(summary(costs), highlight=False)
+
+
+@app.command()
+def plan(
+    images: Annotated[
+        list[str], typer.Argument(metavar="SIZE_OR_IMAGE ...", help="Sizes as HEIGHTxWIDTH in pixels, or pictures.")
+    ],
+    policy: Annotated[
+        str | None, typer.Option(help="uhd, tiles, anyres, native, oryx, slime or none, with the published settings.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of it, as [bold]max_slices=9[/bold]; repeatable."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A model config whose own slicing plans, in place of --policy.")
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option(help="How many images a prompt has, each of these among them.")] = 1,
+    frames: Annotated[int | None, typer.Option(help="Plan videos of so many frames instead.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Draw views, order and markers to this PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a model sees of images of any size, before a pixel is read: views, grid, tokens."""
+    from moe_vision.viz.plans import plan_all, plan_table
+
+    if (policy is None) == (config is None):
+        raise ValueError("plan needs either --policy or --config: for example `moe-vision plan 672x1008 --policy uhd`")
+    if policy is not None:
+        from moe_vision.slicing.settings import policy_of
+
+        slicing = policy_of(policy, settings or [])
+    else:
+        from moe_vision.config import load_config
+        from moe_vision.modeling.model_config import ModelConfig
+
+        assert config is not None
+        overrides = [f"slicing.{setting}" for setting in settings or []]
+        slicing = load_config(ModelConfig, config, overrides).vision_config().policy()
+    planned = plan_all(images, slicing, images_per_prompt, frames)
+    if image is not None:
+        from moe_vision.viz.plan_pictures import draw_plans
+
+        draw_plans(planned, image)
+    if as_json:
+        print_json([item.to_dict() for item in planned])
+    else:
+        Console().print(plan_table(planned, slicing.type_name))
 
 
 def is_train_config(path: Path) -> bool:
@@ -265,6 +316,19 @@ def import_eagle(
 ) -> None:
     """Turn an Eagle checkpoint (NVlabs/Eagle, `eagle_llama`) into a model folder for generate, eval and export."""
     from moe_vision.interop import import_eagle as run
+
+    folder = run(source, output, overrides or [])
+    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
+
+
+@import_app.command("llava-uhd")
+def import_llava_uhd(
+    source: Annotated[Path, typer.Argument(help="Folder of a LLaVA-UHD v1 checkpoint, .safetensors or .bin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Turn a LLaVA-UHD v1 checkpoint (thunlp/LLaVA-UHD) into a model folder for generate, eval and export."""
+    from moe_vision.interop import import_llava_uhd as run
 
     folder = run(source, output, overrides or [])
     print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')

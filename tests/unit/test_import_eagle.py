@@ -16,7 +16,8 @@ from moe_vision.cli import app
 from moe_vision.evaluation import answer
 from moe_vision.experts.weights import WeightsError
 from moe_vision.interop import import_eagle
-from moe_vision.interop.eagle import CheckpointError, composition, gap
+from moe_vision.interop.checkpoint import CheckpointError, gap
+from moe_vision.interop.eagle import composition
 from moe_vision.modeling.compose import load
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eagle"
@@ -173,5 +174,5 @@ def test_a_tokenizer_that_does_not_split_at_images_is_refused() -> None:
     llama = tokenizer()
     llama.add_tokens([AddedToken("<image>", rstrip=True, special=True)], special_tokens=True)
     llama.image_token = "<image>"
-    with pytest.raises(CheckpointError, match=r"as Eagle's does: fetch tokenizer\.model"):
+    with pytest.raises(CheckpointError, match=r"as LLaVA's does: fetch tokenizer\.model"):
         gap(llama)

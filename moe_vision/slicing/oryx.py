@@ -48,9 +48,10 @@ class OryxSlicing(SlicingPolicy):
         steps: tuple[Resize, ...] = ()
         if min(size) < SMALL:
             steps = (Resize(enlarged(size)),)
-        high = self.limited(steps[-1].size if steps else size, self.min_size, self.max_size, self.stride)
+        enlarged_size = steps[-1].size if steps else size
+        high = self.limited(enlarged_size, self.min_size, self.max_size, self.stride, size)
         steps += (Resize(high),)
-        low = self.limited(high, self.low_size, self.low_size, self.stride)
+        low = self.limited(high, self.low_size, self.low_size, self.stride, size)
         segments = [
             Segment((view,), (1, 1), self.cells(view.size), row_end=NEWLINE)
             for view in (View("overview", (*steps, Resize(low))), View("slice", steps))
@@ -63,7 +64,7 @@ class OryxSlicing(SlicingPolicy):
         if frames < 1:
             raise PlanError(f"a video of {frames} frames has nothing to see")
         factor = self.video_compression
-        resized = self.limited(size, self.video_min_size, self.video_max_size, 32 * factor)
+        resized = self.limited(size, self.video_min_size, self.video_max_size, 32 * factor, size)
         rows, columns = self.cells(resized)
         pieces: list[Segment | Marker] = [BEGIN]
         for frame in range(frames):
@@ -75,8 +76,11 @@ class OryxSlicing(SlicingPolicy):
     def cells(self, size: Size) -> Size:
         return (size[0] // self.patch_size, size[1] // self.patch_size)
 
-    def limited(self, size: Size, least: int, most: int, stride: int) -> Size:
-        """Size within the squares of `least` and `most`, rounded down to the stride. Raises PlanError for nothing."""
+    def limited(self, size: Size, least: int, most: int, stride: int, image: Size) -> Size:
+        """Size within the squares of `least` and `most`, rounded down to the stride.
+
+        Raises PlanError, naming the size of the image, where nothing is left.
+        """
         height, width = size
         scale = 1.0
         if height * width > most**2:
@@ -86,7 +90,7 @@ class OryxSlicing(SlicingPolicy):
         result = (int(height * scale / stride) * stride, int(width * scale / stride) * stride)
         if min(result) < 1:
             raise PlanError(
-                f"an image of {height}x{width} pixels is too thin for slicing 'oryx': at {height * scale:.0f}x"
+                f"an image of {image[0]}x{image[1]} pixels is too thin for slicing 'oryx': at {height * scale:.0f}x"
                 f"{width * scale:.0f} a side is below the stride of {stride}; pad it, or choose another policy"
             )
         return result

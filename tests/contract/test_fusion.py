@@ -9,7 +9,7 @@ from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 MIXER_SETTINGS = {"channel_concat": {"grid": (4, 4)}}
 ADAPTER_SETTINGS = {
     "cell": {"num_queries": 4, "num_heads": 5},
-    "mlp": {"pool": 2, "inner_size": 24, "positions": True},
+    "mlp": {"merge": 2, "pool": 2, "norm": "cell", "inner_size": 24, "positions": True},
     "perceiver": {"num_queries": 4, "num_heads": 5},
 }
 MAPS = {"a": MapShape(6, (8, 8)), "b": MapShape(10, (4, 4)), "c": MapShape(2, (3, 5))}

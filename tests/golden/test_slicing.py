@@ -3,12 +3,17 @@
 LLaVA-UHD at dd7f6cc, SliME at 5c89ec9, InternVL 1.5, LLaVA-OneVision, Oryx and transformers 5.23 (Qwen2-VL).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from moe_vision.fusion import ADAPTERS
 from moe_vision.slicing import (
     AnyresSlicing,
     NativeSlicing,
@@ -18,7 +23,11 @@ from moe_vision.slicing import (
     TileSlicing,
     UhdSlicing,
 )
+from moe_vision.slicing.native import block_order, rotary_positions
+from moe_vision.slicing.pack import pack
 from moe_vision.slicing.plan import Crop, Marker, Pad, Plan, Resize
+from moe_vision.slicing.render import render
+from moe_vision.types import TokenShape, VisualTokens
 
 HERE = Path(__file__).parent / "slicing"
 UHD_SETTINGS: dict[str, dict[str, Any]] = {
@@ -182,3 +191,85 @@ def test_oryx_native() -> None:
             assert list(video.views[0].size) == expected["frame_hw"], (size, name)
             assert list(video.segments[0].grid) == expected["grid_after"], (size, name)
             assert video.num_tokens == 2 + 3 * expected["tokens_per_frame"], (size, name)
+
+
+def test_internvl_pixels() -> None:
+    values = read("internvl_tiles")["pixel_hashes"]
+    assert len(values["cases"]) == 4
+    for case in values["cases"]:
+        height, width = swapped(case["size_wh"])
+        y, x = np.mgrid[:height, :width]
+        rgb = np.stack([(7 * x + 3 * y) % 256, (x * x // 5 + y) % 256, (x + y * y // 3) % 256]).astype(np.uint8)
+        views = render(torch.from_numpy(rgb), TileSlicing().plan((height, width)).views)
+        raw = [view.permute(1, 2, 0).contiguous().numpy().tobytes() for view in views]
+        assert [hashlib.sha256(data).hexdigest()[:24] for data in raw] == case["sha256"]
+
+
+def test_onevision_order_of_tokens() -> None:
+    values = load_file(HERE / "onevision_anyres.safetensors")
+    newline = {"image_newline": values["image_newline"]}
+    sizes = {key[7:-3]: key for key in values if key.startswith("anyres_") and key.endswith(".in")}
+    assert len(sizes) == 4
+    for name, key in sizes.items():
+        plan = AnyresSlicing().plan(swapped(name.split("x")))
+        found = pack(plan, list(values[key].float()), newline)
+        torch.testing.assert_close(found, values[key.replace(".in", ".out")], atol=1e-5, rtol=1e-5)
+    for where in ("one_token", "grid", "frame"):
+        video = AnyresSlicing(video_newline=where).plan_video((384, 384), 3)  # type: ignore[arg-type]
+        found = pack(video, list(values["video.in"]), newline)
+        torch.testing.assert_close(found, values[f"video.out_{where}"], atol=1e-5, rtol=1e-5)
+
+
+def test_qwen2_vl_patches_merger_and_positions() -> None:
+    values = load_file(HERE / "qwen2vl.safetensors")
+    grid = (4, 6)
+    patches = values["patchify.in"][0].unflatten(1, (grid[0], 14)).unflatten(3, (grid[1], 14)).permute(1, 3, 0, 2, 4)
+    ordered = torch.stack([patches[cell] for cell in block_order(grid, 2)])
+    frames = ordered.unsqueeze(2).expand(-1, -1, 2, -1, -1)  # a picture is a video of two equal frames
+    assert torch.equal(frames.flatten(1), values["patchify.out"][0])
+
+    # Ours takes the cells row by row, theirs in the order of blocks.
+    weights = {key.removeprefix("merger.w."): v for key, v in values.items() if key.startswith("merger.w.")}
+    rows = torch.empty(24, 16)
+    for cell, (row, column) in zip(values["merger.in"], block_order(grid, 2), strict=True):
+        rows[row * grid[1] + column] = cell
+    config = ADAPTERS["mlp"](merge=2, norm="cell", inner_size=64)
+    merger = config.build(TokenShape(24, 16, grid), 24)
+    merger.load_state_dict({k.replace("ln_q", "norm").replace("mlp", "layers"): v for k, v in weights.items()})
+    merged = merger(VisualTokens(rows[None], grid))
+    assert merged.grid == (2, 3)
+    torch.testing.assert_close(merged.data[0], values["merger.out"], atol=1e-5, rtol=1e-5)
+
+    frames_and_grids = values["vision_pos_ids.grid_thw"].tolist()
+    places = [
+        cell for t, rows_, columns in frames_and_grids for _ in range(t) for cell in block_order((rows_, columns), 2)
+    ]
+    assert places == [tuple(pair) for pair in values["vision_pos_ids.out"].tolist()]
+
+
+ROTARY_CASES: dict[str, list[int | tuple[int, int, int]]] = {  # a start token before each picture, an end token behind
+    "image": [3 + 1, (1, 2, 3), 1 + 4],
+    "two_images": [2 + 1, (1, 2, 2), 1 + 1 + 1, (1, 4, 2), 1 + 3],
+    "video_t2_h8": [2 + 1, (2, 4, 4), 1 + 3],
+    "video_t6_h4": [2 + 1, (6, 2, 2), 1 + 3],
+    "video_then_image": [1 + 1, (5, 2, 2), 1 + 2 + 1, (1, 2, 3), 1 + 2],
+}
+
+
+@pytest.mark.parametrize("case", ROTARY_CASES)
+def test_rotary_positions_are_the_papers(case: str) -> None:
+    values = load_file(HERE / "qwen2vl.safetensors")
+    expected, ids = values[f"mrope.{case}.pos_v4_49"][:, 0], values[f"mrope.{case}.input_ids"][0]
+    found = torch.tensor(rotary_positions(ROTARY_CASES[case])).T
+    assert found.shape[1] == len(ids)
+    assert torch.equal(found, expected)
+    # Where a video is longer than it is wide, transformers 5.23 lets text run into it.
+    agrees = torch.equal(found, values[f"mrope.{case}.pos_v5_23"][:, 0])
+    assert agrees == (case not in ("video_t6_h4", "video_then_image"))
+
+
+def test_rotary_positions_do_not_see_padding() -> None:
+    values = load_file(HERE / "qwen2vl.safetensors")
+    kept = values["mrope.leftpad.mask"][0].bool()
+    found = torch.tensor(rotary_positions(ROTARY_CASES["image"])).T
+    assert torch.equal(found, values["mrope.leftpad.pos_v4_49"][:, 0, kept])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from moe_vision.cli import app
@@ -19,6 +19,7 @@ from moe_vision.interop import import_eagle
 from moe_vision.interop.checkpoint import CheckpointError, gap
 from moe_vision.interop.eagle import composition
 from moe_vision.modeling.compose import load
+from tests.published import LLAMA, tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eagle"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -35,17 +36,6 @@ OVERRIDES = [
     f"experts.pix2struct.architecture={json.dumps(CASE['pix'])}",
 ]  # fmt: skip
 TEXT = "\nwhat is this? ASSISTANT:"
-LLAMA = {
-    "vocab_size": 90, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-
-
-def tokenizer() -> LlamaTokenizer:
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'-\n"
-    symbols = ["<unk>", "<s>", "</s>", "▁", *letters, "▁a", "▁t"]
-    merges = [("▁", "a"), ("▁", "t")]
-    return LlamaTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges, legacy=True)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_vision.config import validate
 from moe_vision.modeling import MoeVisionConfig, MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.modeling.compose import make_processor
+from moe_vision.modeling.compose import make_processor, marker_ids
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.recipes.language_model import WORDS
 from moe_vision.recipes.tokenizer import build_tokenizer
@@ -20,14 +20,20 @@ ARCHITECTURE: dict[str, Any] = {
 }  # fmt: skip
 
 
+Experts = Sequence[str] | dict[str, dict[str, Any]]
+"""Names of families, or plain values of each expert by its name."""
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(WORDS)
 
 
-def tiny_values(experts: Sequence[str] = ("clip", "sam"), **changes: Any) -> dict[str, Any]:
+def tiny_values(experts: Experts = ("clip", "sam"), **changes: Any) -> dict[str, Any]:
     """Plain values of a small model config with random weights, with `changes` on top."""
     return {
-        "experts": {name: {"variant": "micro", "pretrained": None} for name in experts},
+        "experts": experts
+        if isinstance(experts, dict)
+        else {name: {"variant": "micro", "pretrained": None} for name in experts},
         "branches": {
             "overview": {
                 "mixer": {"type": "channel_concat", "grid": [4, 4]},
@@ -39,20 +45,22 @@ def tiny_values(experts: Sequence[str] = ("clip", "sam"), **changes: Any) -> dic
     }
 
 
-def tiny_config(experts: Sequence[str] = ("clip", "sam")) -> MoeVisionConfig:
+def tiny_config(experts: Experts = ("clip", "sam"), **changes: Any) -> MoeVisionConfig:
     """The transformers config of `tiny_values`."""
-    image_token_id = tiny_tokenizer().convert_tokens_to_ids("<image>")
+    tokenizer = tiny_tokenizer()
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     assert isinstance(image_token_id, int)
-    return validate(ModelConfig, tiny_values(experts), source="tiny").hf_config(image_token_id)
+    config = validate(ModelConfig, tiny_values(experts, **changes), source="tiny")
+    return config.hf_config(image_token_id, marker_ids(config, tokenizer))
 
 
 def tiny_model(
-    experts: Sequence[str] = ("clip", "sam"), seed: int = 0
+    experts: Experts = ("clip", "sam"), seed: int = 0, **changes: Any
 ) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
     """Model and processor of `tiny_values`, seeded."""
     torch.manual_seed(seed)
-    config = validate(ModelConfig, tiny_values(experts), source="tiny")
-    hf_config = tiny_config(experts)
+    config = validate(ModelConfig, tiny_values(experts, **changes), source="tiny")
+    hf_config = tiny_config(experts, **changes)
     model = MoeVisionForConditionalGeneration(hf_config).eval()
     with torch.no_grad():  # the default initialisation is so small that every answer would look alike
         for parameter in model.model.language_model.parameters():

@@ -10,6 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, image_size
 from moe_vision.modeling import MoeVisionProcessor
+from moe_vision.slicing import PlanError
 
 IGNORED = -100
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -61,11 +62,20 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
 
 
 def image_tokens(images: Sequence[Path], processor: MoeVisionProcessor) -> list[int]:
-    """Placeholders of each image of one prompt, planned from the sizes in their headers."""
+    """Placeholders of each image of one prompt, planned from the sizes in their headers.
+
+    Raises PlanError naming the file whose size the slicing refuses.
+    """
     policy = processor.image_processor.policy
     if policy.one_view:  # no header need be read
         return [policy.plan(policy.canvas).num_tokens] * len(images)
-    return [policy.plan(image_size(path), len(images)).num_tokens for path in images]
+    counts = []
+    for path in images:
+        try:
+            counts.append(policy.plan(image_size(path), len(images)).num_tokens)
+        except PlanError as error:
+            raise PlanError(f"image '{path}': {error}") from None
+    return counts
 
 
 def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, list[tuple[int, int]]]:

@@ -77,14 +77,14 @@ def marker_ids(config: ModelConfig, tokenizer: Any) -> dict[str, int]:
     for marker in config.slicing.markers():
         if marker.text is None:
             continue
-        before = tokenizer(marker.follows, add_special_tokens=False)["input_ids"] if marker.follows else []
-        both = tokenizer(marker.follows + marker.text, add_special_tokens=False)["input_ids"]
-        if len(both) != len(before) + 1 or both[:-1] != before or both[-1] == tokenizer.unk_token_id:
+        tokens = tokenizer(marker.follows + marker.text, add_special_tokens=False)["input_ids"]
+        # Some tokenizers put a space, or a token of its own for one, before every text.
+        if tokenizer.decode(tokens[:-1]).strip() != marker.follows or tokens[-1] == tokenizer.unk_token_id:
             raise ValueError(
                 f"slicing '{config.slicing.type_name}' marks with {marker.text!r} ({marker.name}), which is no single "
                 f"token of the tokenizer '{tokenizer.name_or_path}': choose another text for it"
             )
-        ids[marker.name] = both[-1]
+        ids[marker.name] = tokens[-1]
     return ids
 
 

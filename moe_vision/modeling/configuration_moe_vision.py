@@ -85,14 +85,19 @@ class MoeVisionVisionConfig(PreTrainedConfig):
     def tokens_of(self, role: Role, size: Size) -> TokenShape:
         """Tokens of a view for the language model, of a width that does not matter here. Raises ValueError."""
         branch = self.branch_of(role)
-        mixed, adapter = self.mixed_shape(branch, size), self.adapter(branch)
-        built_for = self.mixed_shape(branch)
+        adapter, built_for = self.adapter(branch), self.mixed_shape(branch)
+        try:
+            mixed = self.mixed_shape(branch, size)
+            adapted = adapter.shape(mixed, 1)
+        except ValueError as error:
+            policy = self.slicing["type"]
+            raise ValueError(f"slicing '{policy}' makes views of {list(size)} pixels, and {error}") from None
         if not adapter.any_grid and mixed.grid != built_for.grid:
             raise ValueError(
                 f"adapter '{adapter.type_name}' of branch '{branch}' is made for a grid of {built_for.grid} and "
                 f"slicing gives it views of {mixed.grid}: choose one that takes any grid"
             )
-        return adapter.shape(mixed, 1)
+        return adapted
 
     def policy(self) -> SlicingPolicy:
         """The slicing policy with this model's numbers of tokens. Raises ValueError where they do not fit."""

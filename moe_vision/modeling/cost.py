@@ -97,6 +97,8 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE) -> CostTable:
                 )
             )  # fmt: skip
         parts += fusion_costs(vision, views, width)
+        if learnt := vision.policy().learnt_markers():
+            parts.append(PartCost("markers", ", ".join(learnt), None, None, width, len(learnt) * width, 0))
         language_model = AutoModelForCausalLM.from_config(text_config)
         length = plan.num_tokens + TEXT_TOKENS
         embedded = torch.empty(1, length, width)

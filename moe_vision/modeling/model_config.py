@@ -139,7 +139,7 @@ class ModelConfig(Config):
             raise ValueError(f"experts {idle} are in no branch: name them in one, or take them out of experts")
         sliced, policy = self.branches.slices is not None or self.branches.shared, self.slicing.type_name
         if self.branches.slices is not None and self.branches.shared:
-            raise ValueError("branches has slices and shared: true: leave one of them out")
+            raise ValueError("branches has slices, and shared is true: leave one of them out")
         if self.slicing.has_slices and not sliced:
             raise ValueError(
                 f"slicing '{policy}' cuts slices that no branch takes: add branches.slices, or branches.shared: true "

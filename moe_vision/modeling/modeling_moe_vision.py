@@ -100,7 +100,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         )
         self.mixed_grid = vision.mixed_shape("overview").grid
         self.policy = vision.policy()
-        learnt = [marker.name for marker in self.policy.markers() if marker.text is None]
+        learnt = self.policy.learnt_markers()
         self.markers = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * width**-0.5) for name in learnt})
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()

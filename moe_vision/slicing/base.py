@@ -54,6 +54,10 @@ class SlicingPolicy:
         """Every marker that a plan may hold."""
         return ()
 
+    def learnt_markers(self) -> list[str]:
+        """Names of the markers that are no token of the tokenizer, but embeddings of the model's own."""
+        return [marker.name for marker in self.markers() if marker.text is None]
+
     def fitted(self, tokens_of: TokensOf) -> "SlicingPolicy":
         """The policy with the token settings of a model. Raises ValueError where the model cannot serve it."""
         raise NotImplementedError(f"{type(self).__name__} must define fitted()")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from moe_vision import cli
 from tests.tiny import tiny_model, tiny_values
@@ -154,3 +155,102 @@ def test_every_eagle_preset_shows_offline(monkeypatch, capsys, name: str) -> Non
 def test_import_of_what_is_no_eagle_folder(monkeypatch, capsys, tmp_path: Path) -> None:
     code, _, err = run(monkeypatch, capsys, "import", "eagle", tmp_path, "-o", tmp_path / "out")
     assert code == 2 and "has no config.json: give the folder of an Eagle checkpoint" in err.replace("\n", " ")
+
+
+def test_plan_prints_one_object_for_each_size(monkeypatch, capsys) -> None:
+    sizes = ["672x1008", "1x1", "0x5"]
+    code, out, _ = run(monkeypatch, capsys, "plan", *sizes, "--policy", "uhd", "--json")
+    sliced, tiny, empty = json.loads(out)
+    assert code == 0
+    assert sliced == {
+        "policy": "uhd", "size_hw": [672, 1008], "grid_rows_cols": [2, 3],
+        "views": [{"role": "slice", "size_hw": [336, 336]}] * 6 + [{"role": "overview", "size_hw": [266, 406]}],
+        "num_visual_tokens": 7 * 64, "num_marker_tokens": 6,
+    }  # fmt: skip
+    assert tiny["grid_rows_cols"] is None and tiny["views"] == [{"role": "overview", "size_hw": [336, 336]}]
+    assert empty == {"size_hw": [0, 5], "error": "an image of 0x5 pixels has nothing to see"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "views", "visual", "markers"),
+    [
+        ("uhd", ["max_slices=7", "tokens_per_view=144"], 7, 7 * 144, 6),
+        ("tiles", [], 7, 7 * 256, 2),
+        ("tiles", ["thumbnail=false", "tokens_per_tile=64"], 6, 6 * 64, 2),
+        ("anyres", [], 7, 27 * 27 + 54 * 81, 54),
+        ("native", [], 1, 24 * 36, 2),
+        ("native", ["factor=32", "max_pixels=262144"], 1, 13 * 19, 2),
+        ("slime", ["tokens_per_tile=100"], 7, 576 + 6 * 100, 1),
+        ("none", [], 1, 576, 0),
+    ],
+)
+def test_plan_by_policy_and_settings(
+    monkeypatch, capsys, policy: str, settings: list[str], views: int, visual: int, markers: int
+) -> None:
+    flags = [part for setting in settings for part in ("--set", setting)]
+    code, out, _ = run(monkeypatch, capsys, "plan", "672x1008", "--policy", policy, *flags, "--json")
+    (found,) = json.loads(out)
+    assert code == 0
+    assert (len(found["views"]), found["num_visual_tokens"], found["num_marker_tokens"]) == (views, visual, markers)
+
+
+def test_plan_as_a_table_of_pictures_and_videos(monkeypatch, capsys, tmp_path: Path) -> None:
+    Image.new("RGB", (1008, 672)).save(tmp_path / "wide.png")
+    code, out, _ = run(monkeypatch, capsys, "plan", tmp_path / "wide.png", "20000x50", "--policy", "native")
+    assert code == 0 and "1 overview of 672x1008" in out and "longer than 200 times its breadth" in out
+    code, out, _ = run(monkeypatch, capsys, "plan", "480x640", "--policy", "tiles", "--frames", 3)
+    assert code == 0 and "3 slices of 448x448" in out
+    code, out, _ = run(monkeypatch, capsys, "plan", "672x1008", "--policy", "tiles", "--images-per-prompt", 12)
+    assert code == 0 and "1 slice of 448x448" in out
+
+
+def test_plan_of_a_model_config_counts_its_own_tokens(monkeypatch, capsys) -> None:
+    config = CONFIGS / "model/llava-uhd-144.yaml"
+    code, out, _ = run(monkeypatch, capsys, "plan", "672x1008", "--config", config, "--json")
+    assert code == 0 and json.loads(out)[0]["num_visual_tokens"] == 7 * 144
+    arguments = ("plan", "672x1008", "--config", config, "--set", "max_slices=2", "--json")
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0 and json.loads(out)[0]["num_visual_tokens"] == 3 * 144
+
+
+def test_plan_draws_what_the_model_sees(monkeypatch, capsys, tmp_path: Path) -> None:
+    Image.effect_noise((320, 200), 50).save(tmp_path / "noise.png")
+    drawn = tmp_path / "plans.png"
+    code, _, err = run(
+        monkeypatch, capsys, "plan", tmp_path / "noise.png", "900x300", "--policy", "anyres", "--image", drawn
+    )
+    assert code == 0, err
+    with Image.open(drawn) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+    code, _, err = run(monkeypatch, capsys, "plan", "0x5", "--policy", "uhd", "--image", tmp_path / "none.png")
+    assert code == 2 and "refused every image" in err
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["672x1008", "--policy", "uhdd"], "slicing policy 'uhdd': did you mean 'uhd'?"),
+        (["672x1008", "--policy", "uhd", "--set", "max_slice=3"], "did you mean 'max_slices'?"),
+        (["672x1008", "--policy", "uhd", "--set", "max_slices"], "is not key=value"),
+        (["672x1008", "--policy", "uhd", "--set", "max_slices=0"], "max_slices 0 of slicing 'uhd'"),
+        (["672y1008", "--policy", "uhd"], "'672y1008' is neither a size (HEIGHTxWIDTH, as 672x1008) nor a picture"),
+        (["672x1008"], "either --policy or --config"),
+        (["672x1008", "--policy", "uhd", "--frames", "2", "--images-per-prompt", "2"], "give one of them"),
+    ],
+)
+def test_plan_says_what_is_wrong(monkeypatch, capsys, arguments: list[str], said: str) -> None:
+    code, out, err = run(monkeypatch, capsys, "plan", *arguments)
+    assert code == 2 and out == "" and said in err
+
+
+def test_show_counts_a_sliced_model_for_a_size(monkeypatch, capsys) -> None:
+    config = CONFIGS / "model/llava-uhd.yaml"
+    tokens = {}
+    for size in ("336x336", "672x1008"):
+        code, out, _ = run(monkeypatch, capsys, "show", config, "--size", size, "--json")
+        assert code == 0
+        tokens[size] = json.loads(out)["cost"]["visual_tokens"]
+    assert tokens == {"336x336": 64, "672x1008": 7 * 64 + 6}
+    code, _, err = run(monkeypatch, capsys, "show", config, "--size", "big")
+    assert code == 2 and "size 'big': write HEIGHTxWIDTH" in err

@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+from moe_vision.slicing.pictures import eight_bit
+
 IMAGE_MARKER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 SHOWN_PROBLEMS = 10
@@ -179,10 +181,7 @@ def load_image(path: Path | str) -> Image.Image:
     check_image(path)
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I;16") or picture.mode == "I":
-                # Pillow clips 16-bit grey to 255; scale it instead.
-                picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+            picture = eight_bit(ImageOps.exif_transpose(opened))
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 layered = picture.convert("RGBA")
                 white = Image.new("RGBA", layered.size, "white")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.processing_utils import ImagesKwargs
@@ -14,6 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 from moe_vision.modeling.configuration_moe_vision import from_plain
 from moe_vision.registry import SLICING
 from moe_vision.slicing.base import SlicingPolicy
+from moe_vision.slicing.pictures import eight_bit
 from moe_vision.slicing.plan import Plan, Size
 from moe_vision.slicing.render import render
 
@@ -54,6 +56,12 @@ class MoeVisionImageProcessor(TorchvisionBackend):
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Rows of pixel_values that an image of this size becomes."""
         return len(self.plan((height, width)).views)
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One picture as [3, H, W], as the library makes it, but 16-bit grey scaled and not clipped."""
+        picture = eight_bit(image) if isinstance(image, Image.Image) else image
+        made: torch.Tensor = super().process_image(picture, *args, **kwargs)
+        return made
 
     def _preprocess(  # type: ignore[override]
         self, images, do_rescale, rescale_factor, slicing, images_per_prompt, return_tensors, **kwargs

@@ -1,8 +1,8 @@
 """Config files: YAML, typed and validated before anything loads.
 
-`base: other.yaml` deep-merges a file under this one; `key.sub=value` overrides on the command line; `type:` picks a
-registered class; `plugins: [my_file.py]` imports files that register more. All errors come at once, each with its path,
-value, cause and cure.
+`base: other.yaml` deep-merges a file under this one, and an expert that is null here is taken out of it;
+`key.sub=value` overrides on the command line; `type:` picks a registered class; `plugins: [my_file.py]` imports files
+that register more. All errors come at once, each with its path, value, cause and cure.
 """
 
 import dataclasses
@@ -143,7 +143,21 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         found = type(values).__name__
         raise ConfigError(str(path), [Problem("file", path.name, f"holds a {found}", "write `key: value` lines")])
     base = values.pop("base", None)
-    return merge(read_yaml(path.parent / base, (*_seen, path)), values) if base is not None else values
+    return merge(*_taken_out(read_yaml(path.parent / base, (*_seen, path)), values)) if base is not None else values
+
+
+def _taken_out(below: dict[str, Any], above: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both files of a merge without the experts that the upper one sets to null. Raises ConfigError."""
+    for place in EXPERT_PLACES:
+        experts: Any = above
+        for key in place:
+            experts = experts.get(key) if isinstance(experts, Mapping) else None
+        if not isinstance(experts, dict):
+            continue
+        for name in [name for name, value in experts.items() if value is None]:
+            below = apply_override(below, ".".join((*place, name)) + "=null")
+            del experts[name]
+    return below, above
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ SLICED_SIZE = (672, 1008)
 """Image size (height, width) that a sliced model's cost is shown for: LLaVA-UHD's example."""
 
 TEXT_TOKENS = 64
-"""Text tokens beside the visual ones in the language model's cost."""
+"""Text tokens beside the visual ones in the language model's cost, where a caller does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class CostTable:
         }
 
 
-def cost(config: ModelConfig, size: Size = SLICED_SIZE) -> CostTable:
+def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_TOKENS) -> CostTable:
     """Build every part on the meta device and count the forward pass of one image of `size` (height, width).
 
     Without slicing every size costs the same. Raises PlanError if the slicing refuses the size.
@@ -100,12 +100,12 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE) -> CostTable:
         if learnt := vision.policy().learnt_markers():
             parts.append(PartCost("markers", ", ".join(learnt), None, None, width, len(learnt) * width, 0))
         language_model = AutoModelForCausalLM.from_config(text_config)
-        length = plan.num_tokens + TEXT_TOKENS
+        length = plan.num_tokens + text_tokens
         embedded = torch.empty(1, length, width)
         causal = torch.ones(1, 1, length, length, dtype=torch.bool)  # given, since making one reads values
         parts.append(
             PartCost(
-                "language_model", f"{text_config.model_type}, {plan.num_tokens} + {TEXT_TOKENS} tokens", None, None,
+                "language_model", f"{text_config.model_type}, {plan.num_tokens} + {text_tokens} tokens", None, None,
                 width, count(language_model),
                 flops_of(language_model, inputs_embeds=embedded, attention_mask=causal, use_cache=False),
             )
@@ -123,11 +123,14 @@ def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size],
         sizes = {size: number for (name, size), number in views.items() if name == branch}
         for size, number in sizes.items():
             shapes = vision.map_shapes(branch, size)
-            maps = {name: FeatureMap(torch.empty(1, shape.channels, *shape.grid)) for name, shape in shapes.items()}
+            maps = {
+                name: FeatureMap(torch.empty(number, shape.channels, *shape.grid)) for name, shape in shapes.items()
+            }
             mixed = vision.mixed_shape(branch, size)
-            mixer_flops += number * flops_of(mixer, maps)
-            tokens = VisualTokens(torch.empty(1, mixed.num_tokens, mixed.channels), mixed.grid)
-            adapter_flops += number * flops_of(adapter, tokens)
+            mixer_flops += flops_of(mixer, maps)
+            # All views of a size together, as the model takes them: what depends on no view happens once.
+            tokens = VisualTokens(torch.empty(number, mixed.num_tokens, mixed.channels), mixed.grid)
+            adapter_flops += flops_of(adapter, tokens)
         first = next(iter(sizes), None)
         mixed = vision.mixed_shape(branch, first)
         out = vision.adapter(branch).shape(mixed, width)

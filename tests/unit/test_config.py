@@ -119,6 +119,23 @@ def test_base_merges_below_and_overrides_win(tmp_path: Path) -> None:
     assert list(config.experts) == ["clip"]
 
 
+def test_an_expert_that_is_null_above_is_taken_out_of_the_base(tmp_path: Path) -> None:
+    values = tiny_values(("clip", "sam", "convnext"))
+    values["branches"]["overview"]["mixer"]["resample"] = {"sam": "pool", "convnext": "pool"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
+    top = tmp_path / "top.yaml"
+    top.write_text("base: base.yaml\nexperts: {sam: null, clip: {layer: -2}}\n")
+    config = load_config(ModelConfig, top)
+    assert list(config.experts) == ["clip", "convnext"]
+    assert config.branches.overview.mixer.to_dict()["resample"] == {"convnext": "pool"}
+    top.write_text("base: base.yaml\nexperts: {sma: null}\n")
+    with pytest.raises(ConfigError, match=r"experts\.sma.*no such expert in this config; did you mean 'sam'"):
+        load_config(ModelConfig, top)
+    top.write_text("base: base.yaml\nexperts: [sam]\n")
+    with pytest.raises(ConfigError, match="experts"):
+        load_config(ModelConfig, top)
+
+
 def test_base_that_includes_itself(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moe_vision.export import export
     from moe_vision.modeling.compose import compose, load
     from moe_vision.modeling.model_config import ModelConfig
-    from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS
+    from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SLICING
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ _HOMES = {
     "EXPERTS": "moe_vision.experts",
     "MIXERS": "moe_vision.fusion",
     "ModelConfig": "moe_vision.modeling.model_config",
+    "SLICING": "moe_vision.slicing",
     "answer": "moe_vision.evaluation",
     "compose": "moe_vision.modeling.compose",
     "evaluate": "moe_vision.evaluation",
@@ -35,8 +36,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "ADAPTERS", "EXPERTS", "MIXERS", "Config", "ConfigError", "ModelConfig", "answer", "compose", "evaluate", "export",
-    "load", "load_config",
+    "ADAPTERS", "EXPERTS", "MIXERS", "SLICING", "Config", "ConfigError", "ModelConfig", "answer", "compose", "evaluate",
+    "export", "load", "load_config",
 ]  # fmt: skip
 
 

@@ -184,6 +184,10 @@ class ExpertConfig:
         return {"type": self.type_name, **values}
 
 
+CACHED_PIXELS = 2**18
+"""Pixels that are encoded at a time on a CPU where no gradient is needed: their activations stay in its cache."""
+
+
 class Expert(nn.Module):
     """A vision encoder as a function from views to one feature map; `model` is the library's own module."""
 
@@ -199,7 +203,11 @@ class Expert(nn.Module):
         # Frozen weights and plain pictures need no graph, and encoders save memory where they know that.
         learns = views.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            feature_map = FeatureMap(self.encode(self.pixels(views)))
+            pixels = self.pixels(views)
+            pieces = pixels.split(max(1, CACHED_PIXELS // (pixels.shape[-2] * pixels.shape[-1])))
+            whole = torch.is_grad_enabled() or pixels.device.type != "cpu" or len(pieces) < 2
+            data = self.encode(pixels) if whole else torch.cat([self.encode(piece) for piece in pieces])
+            feature_map = FeatureMap(data)
         if feature_map.shape != promised:
             raise RuntimeError(f"{self.config.type_name} promised {promised} and gave {feature_map.shape}")
         return feature_map

@@ -19,6 +19,9 @@ from moe_vision.registry import ADAPTERS
 SAMPLES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
 """Samples across and down a cell; the pair nearest to the view's shape is taken."""
 
+CACHED_SAMPLES, SAMPLED = 2**22, 2**28
+"""Elements of samples that are held at a time: what a CPU's cache keeps, what keeps a GPU busy."""
+
 
 @ADAPTERS.register("cell")
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +42,27 @@ class Cell(Resampler):
     cached: tuple[Any, torch.Tensor] | None = None
 
     def attend(self, inputs: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        side, heads = self.config.side, self.num_heads
-        sampled = self.sample(inputs, grid)  # [V, Q, S, D]
-        places = self.sample(self.positions(grid)[None].to(inputs.dtype), grid)
+        side, heads, views = self.config.side, self.num_heads, len(inputs)
         absorbed = self.absorbed_queries()  # [Q, heads, D]
-        scores = torch.matmul(absorbed, (sampled + places).transpose(-1, -2))  # [V, Q, heads, S]
-        weights = scores.softmax(-1, dtype=torch.float32).to(inputs.dtype)
-        gathered = torch.matmul(weights, sampled)  # [V, Q, heads, D]
-        views = gathered.shape[0]
+        places = self.sample(self.positions(grid)[None].to(inputs.dtype), grid)[0]
+        bias = torch.matmul(absorbed, places.transpose(-1, -2))  # [Q, heads, S]: what places add to the scores
+        elements = CACHED_SAMPLES if inputs.device.type == "cpu" else SAMPLED
+        pieces = inputs.split(max(1, elements // places.numel()))
+        gathered = torch.cat([self.gather(piece, grid, absorbed, bias) for piece in pieces])  # [V, Q, heads, D]
         value = self.v_proj.weight.unflatten(0, (heads, -1))  # [heads, head size, D]
         by_head = gathered.permute(2, 0, 1, 3).flatten(1, 2)  # [heads, V * Q, D]
         values = torch.bmm(by_head, value.transpose(1, 2)).unflatten(1, (views, side * side))
         # Weights sum to one, so the value's bias passes through whole.
         return values.permute(1, 2, 0, 3).flatten(2) + self.v_proj.bias
+
+    def gather(
+        self, inputs: torch.Tensor, grid: tuple[int, int], absorbed: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """What each query gathers of the inputs [V, h * w, D] of its cell: [V, Q, heads, D]."""
+        sampled = self.sample(inputs, grid)  # [V, Q, S, D]
+        scores = torch.matmul(absorbed, sampled.transpose(-1, -2)) + bias  # [V, Q, heads, S]
+        weights = scores.softmax(-1, dtype=torch.float32).to(inputs.dtype)
+        return torch.matmul(weights, sampled)
 
     def absorbed_queries(self) -> torch.Tensor:
         """Queries times the key projection of their head, scaled: [Q, heads, D]; kept while no weight changes."""

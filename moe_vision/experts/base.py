@@ -203,14 +203,17 @@ class Expert(nn.Module):
         # Frozen weights and plain pictures need no graph, and encoders save memory where they know that.
         learns = views.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            pixels = self.pixels(views)
-            pieces = pixels.split(max(1, CACHED_PIXELS // (pixels.shape[-2] * pixels.shape[-1])))
-            whole = torch.is_grad_enabled() or pixels.device.type != "cpu" or len(pieces) < 2
-            data = self.encode(pixels) if whole else torch.cat([self.encode(piece) for piece in pieces])
-            feature_map = FeatureMap(data)
+            feature_map = FeatureMap(self.in_pieces(self.pixels(views)))
         if feature_map.shape != promised:
             raise RuntimeError(f"{self.config.type_name} promised {promised} and gave {feature_map.shape}")
         return feature_map
+
+    def in_pieces(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`encode`, on a CPU without a graph a few views at a time."""
+        if torch.is_grad_enabled() or pixels.device.type != "cpu":
+            return self.encode(pixels)
+        pieces = pixels.split(max(1, CACHED_PIXELS // (pixels.shape[-2] * pixels.shape[-1])))
+        return torch.cat([self.encode(piece) for piece in pieces])
 
     def pixels(self, views: torch.Tensor) -> torch.Tensor:
         """Views in [0, 1] → what `encode` takes: resized and normalised."""

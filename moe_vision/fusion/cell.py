@@ -19,8 +19,8 @@ from moe_vision.registry import ADAPTERS
 SAMPLES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
 """Samples across and down a cell; the pair nearest to the view's shape is taken."""
 
-CACHED_SAMPLES, SAMPLED = 2**22, 2**28
-"""Elements of samples that are held at a time: what a CPU's cache keeps, what keeps a GPU busy."""
+CACHED_CHANNELS = 256
+"""Channels of a view's samples that are held at a time on a CPU where no gradient is needed: what its cache keeps."""
 
 
 @ADAPTERS.register("cell")
@@ -42,27 +42,34 @@ class Cell(Resampler):
     cached: tuple[Any, torch.Tensor] | None = None
 
     def attend(self, inputs: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        side, heads, views = self.config.side, self.num_heads, len(inputs)
         absorbed = self.absorbed_queries()  # [Q, heads, D]
         places = self.sample(self.positions(grid)[None].to(inputs.dtype), grid)[0]
         bias = torch.matmul(absorbed, places.transpose(-1, -2))  # [Q, heads, S]: what places add to the scores
-        elements = CACHED_SAMPLES if inputs.device.type == "cpu" else SAMPLED
-        pieces = inputs.split(max(1, elements // places.numel()))
-        gathered = torch.cat([self.gather(piece, grid, absorbed, bias) for piece in pieces])  # [V, Q, heads, D]
-        value = self.v_proj.weight.unflatten(0, (heads, -1))  # [heads, head size, D]
-        by_head = gathered.permute(2, 0, 1, 3).flatten(1, 2)  # [heads, V * Q, D]
-        values = torch.bmm(by_head, value.transpose(1, 2)).unflatten(1, (views, side * side))
+        if torch.is_grad_enabled() or inputs.device.type != "cpu":
+            gathered = self.gather(inputs, grid, absorbed, bias, inputs.shape[-1])
+        else:
+            views = [self.gather(view, grid, absorbed, bias, CACHED_CHANNELS) for view in inputs.split(1)]
+            gathered = torch.cat(views)
         # Weights sum to one, so the value's bias passes through whole.
-        return values.permute(1, 2, 0, 3).flatten(2) + self.v_proj.bias
+        return gathered + self.v_proj.bias
 
     def gather(
-        self, inputs: torch.Tensor, grid: tuple[int, int], absorbed: torch.Tensor, bias: torch.Tensor
+        self, inputs: torch.Tensor, grid: tuple[int, int], absorbed: torch.Tensor, bias: torch.Tensor, channels: int
     ) -> torch.Tensor:
-        """What each query gathers of the inputs [V, h * w, D] of its cell: [V, Q, heads, D]."""
-        sampled = self.sample(inputs, grid)  # [V, Q, S, D]
-        scores = torch.matmul(absorbed, sampled.transpose(-1, -2)) + bias  # [V, Q, heads, S]
-        weights = scores.softmax(-1, dtype=torch.float32).to(inputs.dtype)
-        return torch.matmul(weights, sampled)
+        """What each query gathers of the values of inputs [V, h * w, D] in its cell, so many channels at a time:
+        [V, Q, D]."""
+        value = self.v_proj.weight.unflatten(0, (self.num_heads, -1))  # [heads, head size, D]
+        parts = [self.sample(part, grid) for part in inputs.split(channels, dim=-1)]  # [V, Q, S, d] each
+        scores = bias.expand(len(inputs), -1, -1, -1)
+        for part, query in zip(parts, absorbed.split(channels, dim=-1), strict=True):
+            scores = scores + torch.matmul(query, part.transpose(-1, -2))
+        weights = scores.softmax(-1, dtype=torch.float32).to(inputs.dtype)  # [V, Q, heads, S]
+        gathered: torch.Tensor | float = 0.0
+        for part, projection in zip(parts, value.split(channels, dim=-1), strict=True):
+            by_head = torch.matmul(weights, part).permute(2, 0, 1, 3).flatten(1, 2)  # [heads, V * Q, d]
+            gathered = gathered + torch.bmm(by_head, projection.transpose(1, 2))
+        assert isinstance(gathered, torch.Tensor)
+        return gathered.unflatten(1, (len(inputs), -1)).permute(1, 2, 0, 3).flatten(2)
 
     def absorbed_queries(self) -> torch.Tensor:
         """Queries times the key projection of their head, scaled: [Q, heads, D]; kept while no weight changes."""

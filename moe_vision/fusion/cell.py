@@ -106,6 +106,7 @@ def samples_of(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # because it is kept: what is made in inference mode can take no part in training later
 def sampling_matrix(length: int, cells: int, bins: int, centered: bool) -> torch.Tensor:
     """Weights [cells * bins, length] with which each bin of each cell reads a line of `length` tokens.
 

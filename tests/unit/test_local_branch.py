@@ -14,6 +14,7 @@ from moe_vision.data.collate import Collator, ConversationDataset, views_of
 from moe_vision.data.records import Turn, load_records
 from moe_vision.evaluation import answer, evaluate
 from moe_vision.experts.weights import load_expert_weights
+from moe_vision.fusion.cell import CellConfig, sampling_matrix
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load, marker_ids, save
 from moe_vision.modeling.cost import cost, count
@@ -23,6 +24,7 @@ from moe_vision.slicing.pack import pack
 from moe_vision.training.groups import parameter_groups
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
+from moe_vision.types import TokenShape, VisualTokens
 from tests.sliced import COMPOSITIONS, FREE, QUERIES, SIZES, UHD, pictures
 from tests.tiny import tiny_model, tiny_tokenizer, tiny_values
 from tests.unit.toy import train_values
@@ -110,6 +112,20 @@ def test_gradients_reach_every_parameter(tiny: Tiny) -> None:
     untouched = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     model.zero_grad()
     assert not untouched
+
+
+def test_cells_learn_after_an_evaluation() -> None:
+    """What is kept between calls may have been made in inference mode, whose tensors no gradient may pass."""
+    sampling_matrix.cache_clear()
+    shape = TokenShape(12, 32, (3, 4))
+    cells = CellConfig(num_queries=4).build(shape, 32)
+    tokens = VisualTokens(torch.randn(2, 12, 32), (3, 4))
+    with torch.inference_mode():
+        evaluated = cells(tokens).data
+    trained = cells(VisualTokens(tokens.data.clone().requires_grad_(), (3, 4))).data
+    trained.sum().backward()
+    torch.testing.assert_close(trained.detach(), evaluated)
+    assert all(parameter.grad is not None for parameter in cells.parameters())
 
 
 @torch.no_grad()

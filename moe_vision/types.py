@@ -12,9 +12,13 @@ Shape letters, used everywhere:
 Sizes are always (height, width); units are in the names (`stride_px`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+Injection = Callable[[int, int, torch.Tensor], torch.Tensor]
+"""(blocks done, blocks in all, map [V, C, h, w]) → map [V, C, h, w]: what is said behind a block of an encoder."""
 
 
 @dataclass(frozen=True)

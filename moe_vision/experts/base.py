@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_vision.experts.resolution import nearest_multiple
 from moe_vision.registry import suggest
-from moe_vision.types import FeatureMap, MapShape
+from moe_vision.types import FeatureMap, Injection, MapShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,11 @@ class ExpertConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std {list(self.std)} of {self.type_name}: must be above 0")
         self.check_size(self.size)
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks behind which a mixer may speak, null where it cannot."""
+        return None
 
     def check_variant(self) -> None:
         """Raises ValueError for a variant that the family's table does not have."""
@@ -197,13 +202,18 @@ class Expert(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, views: torch.Tensor) -> FeatureMap:
-        """Encode views [V, 3, H, W] in [0, 1] of any size into a FeatureMap [V, C, h, w]."""
+    def forward(self, views: torch.Tensor, inject: Injection | None = None) -> FeatureMap:
+        """Encode views [V, 3, H, W] in [0, 1] of any size into a FeatureMap [V, C, h, w].
+
+        inject: what others say behind each block, for experts that have `num_blocks`.
+        """
         promised = self.config.shape_at(self.config.size_at((views.shape[-2], views.shape[-1])))
         # Frozen weights and plain pictures need no graph, and encoders save memory where they know that.
         learns = views.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        learns = learns or inject is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            feature_map = FeatureMap(self.in_pieces(self.pixels(views)))
+            pixels = self.pixels(views)
+            feature_map = FeatureMap(self.in_pieces(pixels) if inject is None else self.encode_with(pixels, inject))
         if feature_map.shape != promised:
             raise RuntimeError(f"{self.config.type_name} promised {promised} and gave {feature_map.shape}")
         return feature_map
@@ -240,6 +250,10 @@ class Expert(nn.Module):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode normalised pixels [V, 3, H, W] of a size that fits the stride into [V, C, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
+
+    def encode_with(self, pixels: torch.Tensor, inject: Injection | None) -> torch.Tensor:
+        """As `encode`, with what others say behind each block."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_with(), or have no num_blocks")
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
+from moe_vision.experts.injection import with_injection
 from moe_vision.experts.resolution import resize_positions
 from moe_vision.registry import EXPERTS
+from moe_vision.types import Injection
 
 
 @EXPERTS.register("clip")
@@ -109,6 +111,10 @@ class ClipConfig(ExpertConfig):
     def stride_px(self) -> int:
         return self.settings["patch_size"]
 
+    @property
+    def num_blocks(self) -> int:
+        return self.settings["num_hidden_layers"] + 1 + self.layer
+
     def left_out(self) -> tuple[str, ...]:
         depth = self.settings["num_hidden_layers"]
         above = tuple(f"encoder.layers.{i}." for i in range(depth + 1 + self.layer, depth))
@@ -140,6 +146,9 @@ class ClipExpert(Expert):
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / patch, W / patch]."""
+        return self.encode_with(pixels, None)
+
+    def encode_with(self, pixels: torch.Tensor, inject: Injection | None) -> torch.Tensor:
         model: Any = self.model
         embeddings, encoder = model.embeddings, model.encoder
         patches = embeddings.patch_embedding(pixels)
@@ -151,5 +160,9 @@ class ClipExpert(Expert):
         if self.config.class_token:
             first = (embeddings.class_embedding + table[0]).expand(len(tokens), 1, -1)
             tokens = torch.cat([first, tokens], dim=1)
-        tokens = encoder(inputs_embeds=model.pre_layrnorm(tokens)).last_hidden_state
+        tokens = model.pre_layrnorm(tokens)
+        if inject is None:
+            tokens = encoder(inputs_embeds=tokens).last_hidden_state
+        else:
+            tokens = with_injection(encoder.layers, tokens, grid, inject)
         return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
 from moe_vision.experts.resolution import resize_positions
 from moe_vision.registry import EXPERTS
+from moe_vision.types import Injection
 
 
 @EXPERTS.register("eva02")
@@ -54,6 +55,10 @@ class Eva02Config(ExpertConfig):
     @property
     def channels(self) -> int:
         return self.settings["hidden_size"]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.settings["depth"]
 
     def build(self) -> "Eva02Expert":
         return Eva02Expert(self)
@@ -193,18 +198,20 @@ class Eva02Backbone(nn.Module):
             Eva02Block(hidden_size, num_heads, 0 if i in global_blocks else window_size) for i in range(depth)
         )
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, inject: Injection | None = None) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, h, w]."""
         x = self.patch_embed(pixels)
         side, grid = self.position_grid, (x.shape[1], x.shape[2])
         x = x + resize_positions(self.pos_embed[:, 1:].unflatten(1, (side, side)), grid, antialias=False)
         rotations: dict[tuple[int, int], Rotation] = {}
-        for block in self.blocks:
+        for done, block in enumerate(self.blocks, 1):
             assert isinstance(block, Eva02Block)
             window = block.window(*grid)
             if window not in rotations:
                 rotations[window] = rotation(window, self.head_dim, self.rope_reference, x)
             x = block(x, rotations[window])
+            if inject is not None:
+                x = inject(done, len(self.blocks), x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x.permute(0, 3, 1, 2)
 
 
@@ -216,3 +223,6 @@ class Eva02Expert(Expert):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / 16, W / 16]."""
         return self.model(pixels)
+
+    def encode_with(self, pixels: torch.Tensor, inject: Injection | None) -> torch.Tensor:
+        return self.model(pixels, inject)

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from moe_vision.experts.base import HALF, Expert, ExpertConfig, ExpertSpec
+from moe_vision.experts.injection import with_injection
 from moe_vision.experts.resolution import resize_positions
 from moe_vision.registry import EXPERTS
+from moe_vision.types import Injection
 
 SIGLIP_SIZES: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -82,6 +84,10 @@ class SiglipConfig(ExpertConfig):
     def stride_px(self) -> int:
         return self.settings["patch_size"]
 
+    @property
+    def num_blocks(self) -> int:
+        return self.settings["num_hidden_layers"] + 1 + self.layer
+
     def left_out(self) -> tuple[str, ...]:
         depth = self.settings["num_hidden_layers"]
         above = tuple(f"encoder.layers.{i}." for i in range(depth + 1 + self.layer, depth))
@@ -104,6 +110,9 @@ class SiglipExpert(Expert):
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[V, 3, H, W] → [V, C, H / patch, W / patch]."""
+        return self.encode_with(pixels, None)
+
+    def encode_with(self, pixels: torch.Tensor, inject: Injection | None) -> torch.Tensor:
         model: Any = self.model
         patches = model.embeddings.patch_embedding(pixels)
         grid = (patches.shape[2], patches.shape[3])
@@ -111,5 +120,8 @@ class SiglipExpert(Expert):
         table = model.embeddings.position_embedding.weight.view(1, side, side, -1)
         places = resize_positions(table, grid, self.config.antialias_positions)
         tokens = patches.flatten(2).transpose(1, 2) + places.flatten(1, 2)
-        tokens = model.post_layernorm(model.encoder(inputs_embeds=tokens).last_hidden_state)
-        return tokens.transpose(1, 2).unflatten(2, grid)
+        if inject is None:
+            tokens = model.encoder(inputs_embeds=tokens).last_hidden_state
+        else:
+            tokens = with_injection(model.encoder.layers, tokens, grid, inject)
+        return model.post_layernorm(tokens).transpose(1, 2).unflatten(2, grid)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
+from moe_vision.types import FeatureMap, Injection, MapShape, TokenShape, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class FusionConfig:
 class MixerConfig(FusionConfig):
     """Config of a mixer."""
 
+    def injected(self, inputs: Mapping[str, Any]) -> str | None:
+        """The expert between whose blocks this mixer speaks, if it does."""
+        return None
+
     def shape(self, inputs: Mapping[str, MapShape]) -> TokenShape:
         """Tokens of one view. Raises ValueError where the experts' maps cannot be mixed."""
         raise NotImplementedError(f"{type(self).__name__} must define shape()")
@@ -39,6 +43,11 @@ class MixerConfig(FusionConfig):
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(FusionConfig):
     """Config of an adapter; `hidden_size` is the width of the language model."""
+
+    @property
+    def projected_by(self) -> str | None:
+        """The branch whose adapter's `projection` follows this one, if it has none of its own."""
+        return None
 
     @property
     def any_grid(self) -> bool:
@@ -54,7 +63,16 @@ class AdapterConfig(FusionConfig):
 
 
 class Mixer(nn.Module):
-    """Many maps → tokens. forward: mapping of expert name to FeatureMap [V, C, h, w] → VisualTokens [V, N, C]."""
+    """Many maps → tokens. forward: mapping of expert name to FeatureMap [V, C, h, w] → VisualTokens [V, N, C].
+
+    injected: the expert that runs last, because the others speak between its blocks.
+    """
+
+    injected: str | None = None
+
+    def injection(self, maps: Mapping[str, FeatureMap]) -> Injection:
+        """What happens between the blocks of `injected`, given the other experts' maps."""
+        raise NotImplementedError(f"{type(self).__name__} must define injection()")
 
     def forward(self, maps: Mapping[str, FeatureMap]) -> VisualTokens:
         raise NotImplementedError(f"{type(self).__name__} must define forward()")

@@ -43,13 +43,17 @@ class ResamplerConfig(AdapterConfig):
             raise ValueError(f"{self.type_name} needs tokens on a raster; this mixer gives none: choose another mixer")
         return TokenShape(self.num_queries, hidden_size, (self.side, self.side))
 
-    def build(self, inputs: TokenShape, hidden_size: int) -> "Resampler":
-        heads = self.heads(hidden_size)
-        if hidden_size % 4 or hidden_size % heads:
+    def check_heads(self, width: int) -> None:
+        """Raises ValueError where heads or positions do not divide the width."""
+        heads = self.heads(width)
+        if width % 4 or width % heads:
             raise ValueError(
-                f"{self.type_name}: a width of {hidden_size} is no multiple of 4 and of {heads} heads: set num_heads "
-                "to a divisor"
+                f"{self.type_name}: a width of {width} is no multiple of 4 and of {heads} heads: set num_heads to a "
+                "divisor"
             )
+
+    def build(self, inputs: TokenShape, hidden_size: int) -> Adapter:
+        self.check_heads(hidden_size)
         return self.module()(self, inputs.channels, hidden_size)
 
     def module(self) -> "type[Resampler]":
@@ -66,23 +70,27 @@ class PerceiverConfig(ResamplerConfig):
 
 
 class Resampler(Adapter):
-    """Parameters of both resamplers; `attend` is what they differ in."""
+    """Parameters of both resamplers; `attend` is what they differ in.
 
-    def __init__(self, config: ResamplerConfig, channels: int, hidden_size: int) -> None:
+    projects: whether there are projections before and behind, or the attention works at the inputs' own width.
+    """
+
+    def __init__(self, config: ResamplerConfig, channels: int, hidden_size: int, projects: bool = True) -> None:
         super().__init__()
         self.config = config
         self.num_heads = config.heads(hidden_size)
         self.query = nn.Parameter(torch.empty(config.num_queries, hidden_size))
-        self.input_proj = nn.Linear(channels, hidden_size, bias=False)
+        self.input_proj = nn.Linear(channels, hidden_size, bias=False) if projects else nn.Identity()
         self.query_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.input_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.output_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.q_proj, self.v_proj, self.out_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(3))
         # A bias of the keys would move all of a query's scores alike: softmax does not see it, nor would it train.
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.output_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output_proj = nn.Linear(hidden_size, hidden_size, bias=False) if projects else nn.Identity()
         nn.init.trunc_normal_(self.query, std=0.02)
-        nn.init.normal_(self.output_proj.weight, std=hidden_size**-0.5)
+        if isinstance(self.output_proj, nn.Linear):
+            nn.init.normal_(self.output_proj.weight, std=hidden_size**-0.5)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Sine and cosine embedding of the queries' square, stretched over `grid`: [h * w, D]."""

@@ -137,6 +137,7 @@ class ModelConfig(Config):
         idle = [name for name in self.experts if named and not self._used(name)]
         if idle:
             raise ValueError(f"experts {idle} are in no branch: name them in one, or take them out of experts")
+        self._check_injection()
         sliced, policy = self.branches.slices is not None or self.branches.shared, self.slicing.type_name
         if self.branches.slices is not None and self.branches.shared:
             raise ValueError("branches has slices, and shared is true: leave one of them out")
@@ -149,6 +150,17 @@ class ModelConfig(Config):
             raise ValueError(f"branches takes slices and slicing '{policy}' cuts none: choose another slicing")
         self.vision_config()
         return self
+
+    def _check_injection(self) -> None:
+        """Raises ValueError where a mixer would speak between the blocks of an expert that does not let it."""
+        for _, branch in self.branches.items():
+            experts = {name: self.experts[name] for name in branch.experts or self.experts}
+            name = branch.mixer.injected(experts)
+            if name is not None and experts[name].num_blocks is None:
+                raise ValueError(
+                    f"mixer '{branch.mixer.type_name}' speaks between the blocks of its base, and expert '{name}' of type "
+                    f"'{experts[name].type_name}' does not let it: take clip, siglip or eva02 as base"
+                )
 
     def _used(self, name: str) -> bool:
         return any(branch.experts is None or name in branch.experts for _, branch in self.branches.items())

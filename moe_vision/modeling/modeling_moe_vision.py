@@ -6,6 +6,7 @@ language model ─ loss
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
+from moe_vision.fusion.base import Mixer
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
 from moe_vision.slicing.pack import pack
 from moe_vision.slicing.plan import Size
@@ -83,9 +85,18 @@ class MoeVisionTower(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, branch: str = "overview") -> VisualTokens:
         """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]."""
-        views = pixel_values.to(self.dtype)
-        maps = {name: self.experts[name](views) for name in self.branch_experts[branch]}
-        return self.mixers[branch](maps)
+        mixer: Any = self.mixers[branch]
+        return mix(
+            {name: self.experts[name] for name in self.branch_experts[branch]}, mixer, pixel_values.to(self.dtype)
+        )
+
+
+def mix(experts: Mapping[str, nn.Module], mixer: Mixer, views: torch.Tensor) -> VisualTokens:
+    """Views [V, 3, H, W] → VisualTokens [V, N, C]; an expert between whose blocks others speak runs last."""
+    maps = {name: expert(views) for name, expert in experts.items() if name != mixer.injected}
+    if mixer.injected is not None:
+        maps[mixer.injected] = experts[mixer.injected](views, mixer.injection(maps))
+    return mixer(maps)
 
 
 class MoeVisionModel(MoeVisionPreTrainedModel):

@@ -32,6 +32,9 @@ class MixerConfig(FusionConfig):
         """The expert between whose blocks this mixer speaks, if it does."""
         return None
 
+    def check_blocks(self, blocks: int) -> None:
+        """Raises ValueError where the injected expert has too few blocks to speak between."""
+
     def shape(self, inputs: Mapping[str, MapShape]) -> TokenShape:
         """Tokens of one view. Raises ValueError where the experts' maps cannot be mixed."""
         raise NotImplementedError(f"{type(self).__name__} must define shape()")

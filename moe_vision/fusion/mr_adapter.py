@@ -37,6 +37,18 @@ class MrAdapterConfig(BaseExpertConfig):
     def injected(self, inputs: Mapping[str, Any]) -> str | None:
         return self.base_name(inputs)
 
+    def places(self, blocks: int) -> list[int]:
+        """After how many of so many blocks each adapter speaks."""
+        return [blocks * i // (self.num_adapters + 1) for i in range(1, self.num_adapters + 1)]
+
+    def check_blocks(self, blocks: int) -> None:
+        places = self.places(blocks)
+        if 0 in places or len(set(places)) < len(places):
+            raise ValueError(
+                f"num_adapters {self.num_adapters} of mr_adapter: the base has {blocks} blocks, between which at most "
+                f"{blocks - 1} can speak: choose fewer"
+            )
+
     def shape(self, inputs: Mapping[str, MapShape]) -> TokenShape:
         tokens = super().shape(inputs)
         assert tokens.grid is not None
@@ -109,13 +121,11 @@ class MrAdapter(Mixer):
 
     def injection(self, maps: Mapping[str, FeatureMap]) -> Injection:
         """What happens behind the base's blocks, given the other experts' maps."""
-        slow, places = self.slow(maps), len(self.adapters) + 1
+        slow = self.slow(maps)
 
         def inject(done: int, blocks: int, fast: torch.Tensor) -> torch.Tensor:
-            for i, adapter in enumerate(self.adapters, 1):
-                if done == blocks * i // places:
-                    fast = adapter(fast, slow)
-            return fast
+            places = self.config.places(blocks)
+            return self.adapters[places.index(done)](fast, slow) if done in places else fast
 
         return inject
 

@@ -156,11 +156,16 @@ class ModelConfig(Config):
         for _, branch in self.branches.items():
             experts = {name: self.experts[name] for name in branch.experts or self.experts}
             name = branch.mixer.injected(experts)
-            if name is not None and experts[name].num_blocks is None:
+            if name is None:
+                continue
+            blocks = experts[name].num_blocks
+            if blocks is None:
+                able = sorted(n for n, expert in self.experts.items() if expert.num_blocks is not None)
                 raise ValueError(
                     f"mixer '{branch.mixer.type_name}' speaks between the blocks of its base, and expert '{name}' of type "
-                    f"'{experts[name].type_name}' does not let it: take clip, siglip or eva02 as base"
+                    f"'{experts[name].type_name}' does not let it; these do: {able or 'none, add clip, siglip or eva02'}"
                 )
+            branch.mixer.check_blocks(blocks)
 
     def _used(self, name: str) -> bool:
         return any(branch.experts is None or name in branch.experts for _, branch in self.branches.items())

@@ -3,21 +3,43 @@
 import pytest
 import torch
 
-from moe_vision.fusion import ADAPTERS, MIXERS, adapt_grid
+from moe_vision.fusion import ADAPTERS, MIXERS, Mixer, adapt_grid
 from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 
-MIXER_SETTINGS = {"channel_concat": {"grid": (4, 4)}}
+MIXER_SETTINGS = {
+    "channel_concat": {"grid": (4, 4)},
+    "deformable": {"num_heads": 2, "num_points": 3, "num_levels": 2, "zero_init": False},
+    "mr_adapter": {"num_adapters": 2, "zero_init": False},
+    "patch_mining": {"base": "b", "zero_init": False},
+    "sequence_append": {"hidden_size": 7, "grids": {"a": (4, 4)}},
+}
 ADAPTER_SETTINGS = {
     "cell": {"num_queries": 4, "num_heads": 5},
+    "gated_mixture": {"num_heads": 3, "inner_size": 24},
     "mlp": {"merge": 2, "pool": 2, "norm": "cell", "inner_size": 24, "positions": True},
     "perceiver": {"num_queries": 4, "num_heads": 5},
+    "query_compressor": {"num_queries": 4, "num_heads": 3},
+    "region_attention": {"side": 2, "attention_size": 6},
 }
-MAPS = {"a": MapShape(6, (8, 8)), "b": MapShape(10, (4, 4)), "c": MapShape(2, (3, 5))}
+MAPS = {"a": MapShape(6, (8, 8)), "b": MapShape(10, (4, 4)), "c": MapShape(2, (4, 8))}
 TOKENS = TokenShape(16, 12, (4, 4))
 
 
 def maps(views: int) -> dict[str, FeatureMap]:
-    return {name: FeatureMap(torch.randn(views, shape.channels, *shape.grid)) for name, shape in MAPS.items()}
+    return {
+        name: FeatureMap(torch.randn(views, shape.channels, *shape.grid).requires_grad_())
+        for name, shape in MAPS.items()
+    }
+
+
+def mixed(mixer: Mixer, inputs: dict[str, FeatureMap]) -> VisualTokens:
+    """What a mixer makes of maps; one that speaks between the blocks of its base does so behind each of three."""
+    if mixer.injected is not None:
+        base, inject = inputs[mixer.injected].data, mixer.injection(inputs)
+        for done in (1, 2, 3):
+            base = inject(done, 3, base)
+        inputs = {**inputs, mixer.injected: FeatureMap(base)}
+    return mixer(inputs)
 
 
 def test_every_registered_class_has_settings_here() -> None:
@@ -29,9 +51,11 @@ def test_mixers(name: str) -> None:
     torch.manual_seed(0)
     config = MIXERS[name](**MIXER_SETTINGS[name])
     mixer, inputs = config.build(MAPS), maps(3)
-    tokens = mixer(inputs)
+    tokens = mixed(mixer, inputs)
     assert tokens.shape == config.shape(MAPS)
-    alone = mixer({key: FeatureMap(value.data[1:2]) for key, value in inputs.items()})
+    tokens.data.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in mixer.parameters())
+    alone = mixed(mixer, {key: FeatureMap(value.data[1:2]) for key, value in inputs.items()})
     torch.testing.assert_close(tokens.data[1:2], alone.data)
     plain = config.to_dict()
     assert MIXERS[plain.pop("type")](**plain) == config
@@ -47,8 +71,9 @@ def test_adapters(name: str) -> None:
     assert out.shape == config.shape(TOKENS, 20)
     out.data.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
+    adapter.eval()  # without the noise of training
     alone = adapter(VisualTokens(tokens.data[1:2], TOKENS.grid))
-    torch.testing.assert_close(out.data[1:2], alone.data)
+    torch.testing.assert_close(adapter(tokens).data[1:2], alone.data)
     plain = config.to_dict()
     assert ADAPTERS[plain.pop("type")](**plain) == config
 

@@ -87,9 +87,7 @@ def generate(
         return_tensors="pt",
     ).to(model.device)
     encoded: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, processor, pictures)}} if pictures else {}
-    output: Any = model.generate(  # type: ignore[misc]
-        **inputs, **encoded, max_new_tokens=max_new_tokens, do_sample=False
-    )
+    output: Any = model.generate(**inputs, **encoded, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -67,4 +67,5 @@ class Registry(Mapping[str, type]):
 EXPERTS = Registry("expert")
 MIXERS = Registry("mixer")
 ADAPTERS = Registry("adapter")
+SELECTORS = Registry("selector")
 SLICING = Registry("slicing policy")

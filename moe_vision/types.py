@@ -55,10 +55,14 @@ class FeatureMap:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Tokens of V views. data: [V, N, C]; `grid` (h, w) with h * w = N where the tokens are a raster, row by row."""
+    """Tokens of V views. data: [V, N, C]; `grid` (h, w) with h * w = N where the tokens are a raster, row by row.
+
+    gates: [V, N, adapters], what each adapter of a mixture contributed, where they come from one; rows sum to one.
+    """
 
     data: torch.Tensor
     grid: tuple[int, int] | None = None
+    gates: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.data.ndim != 3:

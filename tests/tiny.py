@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_vision.config import validate
 from moe_vision.modeling import MoeVisionConfig, MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.modeling.compose import make_processor, marker_ids
+from moe_vision.modeling.compose import make_processor, marker_ids, question_turns
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.recipes.language_model import WORDS
 from moe_vision.recipes.tokenizer import build_tokenizer
@@ -51,7 +51,7 @@ def tiny_config(experts: Experts = ("clip", "sam"), **changes: Any) -> MoeVision
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     assert isinstance(image_token_id, int)
     config = validate(ModelConfig, tiny_values(experts, **changes), source="tiny")
-    return config.hf_config(image_token_id, marker_ids(config, tokenizer))
+    return config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
 
 
 def tiny_model(

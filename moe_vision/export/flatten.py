@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_vision.modeling.configuration_moe_vision import FORMAT_VERSION, MoeVisionConfig
-from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SLICING
+from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SELECTORS, SLICING
 
 PACKAGE = "moe_vision"
 MODULE_NAME = "modeling_moe_vision"
@@ -100,6 +100,8 @@ def used_modules(config: MoeVisionConfig) -> list[str]:
     classes = [EXPERTS[expert["type"]] for expert in vision.experts]
     for branch in vision.branches.values():
         classes += [MIXERS[branch["mixer"]["type"]], ADAPTERS[branch["adapter"]["type"]]]
+    if vision.selector is not None:
+        classes.append(SELECTORS[vision.selector["type"]])
     classes.append(SLICING[vision.slicing["type"]])
     return list(dict.fromkeys(cls.__module__ for cls in classes))
 

@@ -16,14 +16,26 @@ from moe_vision.fusion.patch_mining import PatchMining, PatchMiningConfig
 from moe_vision.fusion.perceiver import Perceiver, PerceiverConfig
 from moe_vision.fusion.query_compressor import QueryCompressor, QueryCompressorConfig
 from moe_vision.fusion.region_attention import RegionAttention, RegionAttentionConfig
+from moe_vision.fusion.selector import (
+    PublishedConfig,
+    PublishedSelector,
+    RandomConfig,
+    RandomSelector,
+    Selection,
+    Selector,
+    SelectorConfig,
+    Similarity,
+    SimilarityConfig,
+)
 from moe_vision.fusion.sequence_append import SequenceAppend, SequenceAppendConfig
-from moe_vision.registry import ADAPTERS, MIXERS
+from moe_vision.registry import ADAPTERS, MIXERS, SELECTORS
 
 __all__ = [
-    "ADAPTERS", "MIXERS", "Adapter", "AdapterConfig", "BaseExpertConfig", "Cell", "CellConfig",
+    "ADAPTERS", "MIXERS", "SELECTORS", "Adapter", "AdapterConfig", "BaseExpertConfig", "Cell", "CellConfig",
     "ChannelConcat", "ChannelConcatConfig", "Deformable", "DeformableConfig", "FusionConfig", "GatedMixture",
     "GatedMixtureConfig", "Mixer", "MixerConfig", "Mlp", "MlpConfig", "MrAdapter", "MrAdapterConfig", "PatchMining",
-    "PatchMiningConfig", "Perceiver", "PerceiverConfig", "QueryCompressor", "QueryCompressorConfig",
-    "RegionAttention", "RegionAttentionConfig", "SequenceAppend",
-    "SequenceAppendConfig", "adapt_grid", "adapted_shape",
+    "PatchMiningConfig", "Perceiver", "PerceiverConfig", "PublishedConfig", "PublishedSelector", "QueryCompressor",
+    "QueryCompressorConfig", "RandomConfig", "RandomSelector", "RegionAttention", "RegionAttentionConfig", "Selection",
+    "Selector", "SelectorConfig", "SequenceAppend", "SequenceAppendConfig", "Similarity", "SimilarityConfig",
+    "adapt_grid", "adapted_shape",
 ]  # fmt: skip

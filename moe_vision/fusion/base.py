@@ -52,6 +52,10 @@ class AdapterConfig(FusionConfig):
         """The branch whose adapter's `projection` follows this one, if it has none of its own."""
         return None
 
+    def projection_channels(self, inputs: TokenShape) -> int | None:
+        """Width of what its module's `projection` takes, where another branch may use that; null if it has none."""
+        return None
+
     @property
     def any_grid(self) -> bool:
         """Whether one module takes views of every grid; false where its parameters belong to the one it is for."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from moe_vision.fusion.base import Mixer
 from moe_vision.fusion.base_expert import BaseExpertConfig, cells
@@ -21,8 +22,8 @@ from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 @MIXERS.register("deformable")
 @dataclass(frozen=True, kw_only=True)
 class DeformableConfig(BaseExpertConfig):
-    """As `BaseExpertConfig`. hidden_size: width of the sampled values, the base's if null. num_heads, num_points: heads,
-    and points that each samples of each level. num_levels: scales of every other expert, each half as fine as the one
+    """As `BaseExpertConfig`. hidden_size: width of the sampled values, the base's if null. num_heads, num_points:
+    how many heads, and how many points each samples of each level. num_levels: scales of every other expert, each half as fine as the one
     before. zero_init: begin with the base's own features.
     """
 
@@ -72,9 +73,9 @@ class Deformable(Mixer):
         self.sampling_offsets = nn.Linear(channels, samples * 2)
         self.attention_weights = nn.Linear(channels, samples)
         self.output_proj = nn.Linear(width, channels)
-        self.reset()
+        self.draw_weights()
 
-    def reset(self) -> None:
+    def draw_weights(self) -> None:
         """As the paper: heads look into directions of their own, points ever further out, all weighed alike."""
         config = self.config
         angles = torch.arange(config.num_heads, dtype=torch.float32) * (2 * math.pi / config.num_heads)
@@ -82,14 +83,12 @@ class Deformable(Mixer):
         directions = directions / directions.abs().max(-1, keepdim=True).values
         steps = torch.arange(1, config.num_points + 1, dtype=torch.float32)
         offsets = (directions[:, None, None] * steps[:, None]).expand(-1, self.levels, -1, -1)
-        with torch.no_grad():
-            self.sampling_offsets.weight.zero_()
-            self.sampling_offsets.bias.copy_(offsets.flatten())
-            self.attention_weights.weight.zero_()
-            self.attention_weights.bias.zero_()
-            if config.zero_init:
-                self.output_proj.weight.zero_()
-                self.output_proj.bias.zero_()
+        init.copy_(self.sampling_offsets.bias, offsets.flatten().to(self.sampling_offsets.bias.device))
+        for values in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+            init.zeros_(values)
+        if config.zero_init:
+            init.zeros_(self.output_proj.weight)
+            init.zeros_(self.output_proj.bias)
 
     def forward(self, maps: Mapping[str, FeatureMap]) -> VisualTokens:
         """Maps [V, C_i, h_i, w_i] → tokens [V, h * w, C] of the base's grid and width."""

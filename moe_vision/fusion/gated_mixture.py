@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from moe_vision.fusion.base import Adapter, AdapterConfig
 from moe_vision.fusion.mlp import MlpConfig
@@ -42,6 +43,9 @@ class GatedMixtureConfig(AdapterConfig):
     def any_grid(self) -> bool:
         return False
 
+    def projection_channels(self, inputs: TokenShape) -> int | None:
+        return inputs.channels
+
     def shape(self, inputs: TokenShape, hidden_size: int) -> TokenShape:
         if inputs.grid is None or inputs.grid[0] != inputs.grid[1]:
             raise ValueError(
@@ -63,9 +67,17 @@ class GatedMixture(Adapter):
         if config.only != "mlp":
             self.resampler = resampler(inputs.num_tokens, config.num_heads, inputs.channels)
         if config.only is None:
-            self.gate = nn.Parameter(torch.zeros(inputs.channels, 2))
+            self.gate = nn.Parameter(torch.empty(inputs.channels, 2))
+            self.noise = None
             if config.noise and not config.published_noise:
-                self.noise = nn.Parameter(torch.zeros(inputs.channels, 2))
+                self.noise = nn.Parameter(torch.empty(inputs.channels, 2))
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        if self.config.only is None:
+            init.zeros_(self.gate)
+            if self.noise is not None:
+                init.zeros_(self.noise)
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         """[V, N, C] → [V, N, D]."""
@@ -77,13 +89,13 @@ class GatedMixture(Adapter):
             return resampled
         gates = self.gates(tokens.data)
         mixed = gates[..., :1] * self.projection(tokens).data + gates[..., 1:] * resampled.data
-        return VisualTokens(mixed, tokens.grid)
+        return VisualTokens(mixed, tokens.grid, gates)
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """How much of each token [V, N, C] comes from the MLP and how much from the resampler: [V, N, 2]."""
         scores = x @ self.gate
         if self.training and self.config.noise:
-            weight = self.gate if self.config.published_noise else self.noise
+            weight = self.gate if self.noise is None else self.noise
             scores = scores + torch.randn_like(scores) * (F.softplus(x @ weight) + NOISE_EPSILON)
         chosen, index = scores.softmax(-1).topk(self.config.top_k, dim=-1)
         # The published sum is of the softmax, not of the scores: rows sum to one but for the epsilon.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from moe_vision.fusion.base import Mixer
 from moe_vision.fusion.base_expert import BaseExpertConfig, cells
@@ -55,8 +56,8 @@ class MrAdapterConfig(BaseExpertConfig):
         name, slow = next(iter(self.others(inputs).items()))
         if not nests(slow.grid, tokens.grid):
             raise ValueError(
-                f"mr_adapter, expert '{name}': a grid of {list(slow.grid)} and the base's of {list(tokens.grid)} do not "
-                "nest, either way: give one another image_size"
+                f"mr_adapter, expert '{name}': a grid of {list(slow.grid)} and the base's of {list(tokens.grid)} do "
+                "not nest, either way: give one another image_size"
             )
         return tokens
 
@@ -88,11 +89,16 @@ class GatedInjection(nn.Module):
         self.fast_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.fast_proj = nn.Conv2d(channels, channels, 1)
         self.gate = nn.Sequential(nn.Linear(2 * channels, channels // 2), nn.GELU(), nn.Linear(channels // 2, 1))
-        if zero_init:
-            for projection in (self.slow_proj, self.fast_proj):
-                nn.init.zeros_(projection.weight)
-                if projection.bias is not None:
-                    nn.init.zeros_(projection.bias)
+        self.zero_init = zero_init
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        if not self.zero_init:
+            return
+        for projection in (self.slow_proj, self.fast_proj):
+            init.zeros_(projection.weight)
+            if projection.bias is not None:
+                init.zeros_(projection.bias)
 
     def forward(self, fast: torch.Tensor, slow: torch.Tensor) -> torch.Tensor:
         """fast [V, C, h, w], slow [V, C', H, W] → [V, C, h, w]."""
@@ -114,10 +120,13 @@ class MrAdapter(Mixer):
             GatedInjection(channels, slow_channels, config.zero_init) for _ in range(config.num_adapters)
         )
         self.fast_proj, self.slow_proj = nn.Linear(channels, channels), nn.Linear(slow_channels, channels)
-        if config.zero_init:
-            nn.init.eye_(self.fast_proj.weight)
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        if self.config.zero_init:
+            init.eye_(self.fast_proj.weight)
             for values in (self.fast_proj.bias, self.slow_proj.weight, self.slow_proj.bias):
-                nn.init.zeros_(values)
+                init.zeros_(values)
 
     def injection(self, maps: Mapping[str, FeatureMap]) -> Injection:
         """What happens behind the base's blocks, given the other experts' maps."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from moe_vision.fusion.base import Mixer
 from moe_vision.fusion.base_expert import BaseExpertConfig, cells
@@ -54,11 +55,14 @@ class PatchMining(Mixer):
         self.query = projection(width)
         self.keys = nn.ModuleDict({name: projection(shape.channels) for name, shape in others.items()})
         self.values = nn.ModuleDict({name: projection(shape.channels) for name, shape in others.items()})
-        if config.zero_init:
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        if self.config.zero_init:
             for value in self.values.values():
                 last: nn.Linear = value[-1]  # type: ignore[index]
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+                init.zeros_(last.weight)
+                init.zeros_(last.bias)
 
     def forward(self, maps: Mapping[str, FeatureMap]) -> VisualTokens:
         """Maps [V, C_i, h_i, w_i] → tokens [V, h * w, C] of the base's grid and width."""

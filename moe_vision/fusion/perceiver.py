@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from moe_vision.fusion.base import Adapter, AdapterConfig
 from moe_vision.registry import ADAPTERS
@@ -88,9 +89,12 @@ class Resampler(Adapter):
         # A bias of the keys would move all of a query's scores alike: softmax does not see it, nor would it train.
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.output_proj = nn.Linear(hidden_size, hidden_size, bias=False) if projects else nn.Identity()
-        nn.init.trunc_normal_(self.query, std=0.02)
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        init.trunc_normal_(self.query, std=0.02)
         if isinstance(self.output_proj, nn.Linear):
-            nn.init.normal_(self.output_proj.weight, std=hidden_size**-0.5)
+            init.normal_(self.output_proj.weight, std=self.output_proj.in_features**-0.5)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Sine and cosine embedding of the queries' square, stretched over `grid`: [h * w, D]."""

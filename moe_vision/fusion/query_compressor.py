@@ -31,6 +31,9 @@ class QueryCompressorConfig(ResamplerConfig):
     def projected_by(self) -> str | None:
         return "overview" if self.projector == "overview" else None
 
+    def projection_channels(self, inputs: TokenShape) -> int | None:
+        return inputs.channels if self.projector == "own" else None
+
     def build(self, inputs: TokenShape, hidden_size: int) -> "QueryCompressor":
         self.shape(inputs, hidden_size)
         return QueryCompressor(self, inputs, hidden_size)
@@ -40,11 +43,10 @@ class QueryCompressor(Adapter):
     def __init__(self, config: QueryCompressorConfig, inputs: TokenShape, hidden_size: int) -> None:
         super().__init__()
         self.resampler = resampler(config.num_queries, config.num_heads, inputs.channels)
+        self.projection = None
         if config.projector == "own":
             mlp = MlpConfig(depth=config.depth, inner_size=config.inner_size)
             self.projection = mlp.build(TokenShape(config.num_queries, inputs.channels, None), hidden_size)
-        else:
-            self.projection = None
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         """[V, h * w, C] on any grid → [V, num_queries, D], or of the experts' width where another adapter projects."""

@@ -1,7 +1,8 @@
 """Oryx's compression (Liu et al., 2024): squares of cells become one token, which asks the cells that it stands for.
 
-After Oryx-mllm/Oryx, multimodal_resampler/perceiver.py, `DynamicCompressor`: the mean of a square is the query, its cells
-are the values as they are, and the answer is added to the mean. Squares of one cell come out doubled, as published.
+After Oryx-mllm/Oryx, multimodal_resampler/perceiver.py, `DynamicCompressor`: the mean of a square is the query, its
+cells are the values as they are, and the answer is added to the mean. Squares of one cell come out doubled, as
+published.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class RegionAttentionConfig(AdapterConfig):
         for name in ("side", "attention_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} of region_attention: must be at least 1")
+
+    def projection_channels(self, inputs: TokenShape) -> int | None:
+        return inputs.channels
 
     def shape(self, inputs: TokenShape, hidden_size: int) -> TokenShape:
         if inputs.grid is None:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from moe_vision.experts.weights import WeightsError, listed, read_state_dict
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.modeling.compose import load_tokenizer, make_processor, marker_ids, save
+from moe_vision.modeling.compose import load_tokenizer, make_processor, marker_ids, question_turns, save
 from moe_vision.modeling.model_config import ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
@@ -79,7 +79,7 @@ def assemble(
     if space := gap(tokenizer):
         template = template.replace("set gap = ''", f"set gap = '{space}'")
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-    hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer))
+    hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     with torch.device("meta"):
         model = MoeVisionForConditionalGeneration(hf_config)
     found = by_our_names(published_weights(source), model)

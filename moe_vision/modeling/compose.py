@@ -19,6 +19,7 @@ from moe_vision.modeling import (
     MoeVisionProcessor,
 )
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.modeling.turns import Turns, turns_of
 
 __all__ = ["ModelConfig", "compose", "load", "save"]
 
@@ -34,7 +35,7 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
         raise ValueError("language_model has no tokenizer: give `tokenizer`, a Hub id or a folder")
     tokenizer = load_tokenizer(located(source), language.image_token)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-    hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer))
+    hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
     for name, expert in config.experts.items():
         if expert.pretrained is not None:
@@ -86,6 +87,14 @@ def marker_ids(config: ModelConfig, tokenizer: Any) -> dict[str, int]:
             )
         ids[marker.name] = tokens[-1]
     return ids
+
+
+def question_turns(config: ModelConfig, tokenizer: Any) -> Turns | None:
+    """Token ids around users' turns, where a selector reads the question. Raises ValueError where there are none."""
+    selector = config.branches.selector
+    if selector is None or selector.reads != "question":
+        return None
+    return turns_of(tokenizer, config.language_model.template() or tokenizer.chat_template)
 
 
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:

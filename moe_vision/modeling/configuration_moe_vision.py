@@ -7,7 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moe_vision.experts.base import ExpertConfig
 from moe_vision.fusion.base import AdapterConfig, MixerConfig
-from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SLICING, Registry
+from moe_vision.fusion.selector import SelectorConfig
+from moe_vision.modeling.turns import Turns
+from moe_vision.registry import ADAPTERS, EXPERTS, MIXERS, SELECTORS, SLICING, Registry
 from moe_vision.slicing.base import SlicingPolicy
 from moe_vision.slicing.plan import Role, Size
 from moe_vision.types import MapShape, TokenShape
@@ -25,7 +27,8 @@ class MoeVisionVisionConfig(PreTrainedConfig):
 
     experts: list of {name, type, variant, …}; branches: {overview or slices: {experts: names, mixer: {type, …},
     adapter: {type, …}}}, where slices without an entry go through the overview's. slicing: {type, …}. marker_ids:
-    tokens of the tokenizer for markers that have a text, by name.
+    tokens of the tokenizer for markers that have a text, by name. selector: {type, …} of the slices' tokens, null to
+    keep them all; turns: {starts, ends}, the token ids by which it tells the question.
     """
 
     model_type = "moe_vision_tower"
@@ -37,12 +40,16 @@ class MoeVisionVisionConfig(PreTrainedConfig):
         branches: dict[str, dict[str, Any]] | None = None,
         slicing: dict[str, Any] | None = None,
         marker_ids: dict[str, int] | None = None,
+        selector: dict[str, Any] | None = None,
+        turns: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.experts = experts or []
         self.branches = branches or {}
         self.slicing = slicing or {"type": "none"}
         self.marker_ids = marker_ids or {}
+        self.selector = selector
+        self.turns = turns or {}
         super().__init__(**kwargs)
 
     def expert_configs(self) -> dict[str, ExpertConfig]:
@@ -72,6 +79,12 @@ class MoeVisionVisionConfig(PreTrainedConfig):
 
     def adapter(self, branch: str) -> AdapterConfig:
         return from_plain(ADAPTERS, self.branches[branch]["adapter"])
+
+    def selector_config(self) -> SelectorConfig | None:
+        return None if self.selector is None else from_plain(SELECTORS, self.selector)
+
+    def turn_ids(self) -> Turns:
+        return Turns(**self.turns)
 
     def mixed_shape(self, branch: str, size: Size | None = None) -> TokenShape:
         """Tokens of one view after the mixer of `branch`."""

@@ -4,6 +4,7 @@ configs/model/micro.yaml ─ ModelConfig ─ hf_config() ─ MoeVisionConfig
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +15,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from moe_vision.config import Config, Registered
 from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.experts.weights import located
-from moe_vision.fusion import ADAPTERS, MIXERS, AdapterConfig, MixerConfig
+from moe_vision.fusion import ADAPTERS, MIXERS, SELECTORS, AdapterConfig, MixerConfig, SelectorConfig
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
+from moe_vision.modeling.turns import Turns
 from moe_vision.registry import suggest
 from moe_vision.slicing import SLICING, NoSlicing, SlicingPolicy
 
@@ -33,12 +35,14 @@ class BranchConfig(Config):
 
 class BranchesConfig(Config):
     """overview: the whole image in one view. slices: the parts of it that a slicing policy cuts. shared: slices go
-    through the overview's mixer and adapter, in place of their own.
+    through the overview's mixer and adapter, in place of their own. selector: which of an image's tokens from slices
+    the language model gets, by the question; all of them if null.
     """
 
     overview: BranchConfig
     slices: BranchConfig | None = None
     shared: bool = False
+    selector: Annotated[SelectorConfig, Registered(SELECTORS)] | None = None
 
     def items(self) -> list[tuple[str, BranchConfig]]:
         """Branches that have a mixer and an adapter of their own, by name."""
@@ -148,8 +152,33 @@ class ModelConfig(Config):
             )
         if sliced and not self.slicing.has_slices:
             raise ValueError(f"branches takes slices and slicing '{policy}' cuts none: choose another slicing")
-        self.vision_config()
+        if self.branches.selector is not None and not sliced:
+            raise ValueError(
+                f"selector '{self.branches.selector.type_name}' chooses among the tokens of slices, and slicing "
+                f"'{policy}' cuts none: choose another slicing, or leave the selector out"
+            )
+        self._check_projections(self.vision_config())
         return self
+
+    def _check_projections(self, vision: MoeVisionVisionConfig) -> None:
+        """Raises ValueError where an adapter is projected by another branch that cannot do it."""
+        for name, branch in self.branches.items():
+            other = branch.adapter.projected_by
+            if other is None:
+                continue
+            given = vision.mixed_shape(name).channels
+            taken = vision.adapter(other).projection_channels(vision.mixed_shape(other)) if other != name else None
+            kind = vision.adapter(other).type_name
+            if taken is None:
+                raise ValueError(
+                    f"projector '{other}' of branch '{name}': adapter '{kind}' of branch '{other}' has no projector to "
+                    "share: set projector: own, or take gated_mixture there"
+                )
+            if taken != given:
+                raise ValueError(
+                    f"projector '{other}' of branch '{name}': it takes {taken} channels, and this branch's mixer gives "
+                    f"{given}: set projector: own, or give both the same experts and mixer"
+                )
 
     def _check_injection(self) -> None:
         """Raises ValueError where a mixer would speak between the blocks of an expert that does not let it."""
@@ -162,16 +191,19 @@ class ModelConfig(Config):
             if blocks is None:
                 able = sorted(n for n, expert in self.experts.items() if expert.num_blocks is not None)
                 raise ValueError(
-                    f"mixer '{branch.mixer.type_name}' speaks between the blocks of its base, and expert '{name}' of type "
-                    f"'{experts[name].type_name}' does not let it; these do: {able or 'none, add clip, siglip or eva02'}"
+                    f"mixer '{branch.mixer.type_name}' speaks between the blocks of its base, and expert '{name}' of "
+                    f"type '{experts[name].type_name}' does not let it; these do: {able or 'none, add clip or eva02'}"
                 )
             branch.mixer.check_blocks(blocks)
 
     def _used(self, name: str) -> bool:
         return any(branch.experts is None or name in branch.experts for _, branch in self.branches.items())
 
-    def vision_config(self, marker_ids: Mapping[str, int] | None = None) -> MoeVisionVisionConfig:
+    def vision_config(
+        self, marker_ids: Mapping[str, int] | None = None, turns: Turns | None = None
+    ) -> MoeVisionVisionConfig:
         """The transformers config of everything before the language model."""
+        selector = self.branches.selector
         vision = MoeVisionVisionConfig(
             experts=[{"name": name, **expert.to_dict()} for name, expert in self.experts.items()],
             branches={
@@ -184,17 +216,23 @@ class ModelConfig(Config):
             },
             slicing=self.slicing.to_dict(),
             marker_ids=dict(marker_ids or {}),
+            selector=None if selector is None else selector.to_dict(),
+            turns=None if turns is None else asdict(turns),
         )
         for name in vision.branches:
             vision.adapter(name).shape(vision.mixed_shape(name), 1)  # its width does not change whether it fits
         vision.slicing = vision.policy().to_dict()
         return vision
 
-    def hf_config(self, image_token_id: int = 0, marker_ids: Mapping[str, int] | None = None) -> MoeVisionConfig:
-        """The transformers config of the fused model. marker_ids: tokens of the slicing's markers that have a text."""
+    def hf_config(
+        self, image_token_id: int = 0, marker_ids: Mapping[str, int] | None = None, turns: Turns | None = None
+    ) -> MoeVisionConfig:
+        """The transformers config of the fused model. marker_ids: tokens of the slicing's markers that have a text.
+        turns: token ids around users' turns, where a selector reads the question.
+        """
         text_config = self.language_model.text_config()
         return MoeVisionConfig(
-            vision_config=self.vision_config(marker_ids),
+            vision_config=self.vision_config(marker_ids, turns),
             text_config=text_config.to_dict(),
             image_token_id=image_token_id,
         )
@@ -216,6 +254,7 @@ class ModelConfig(Config):
                     for name, branch in self.branches.items()
                 },
                 "shared": self.branches.shared,
+                "selector": None if self.branches.selector is None else self.branches.selector.to_dict(),
             },
             "language_model": self.language_model.model_dump(),
             "slicing": self.slicing.to_dict(),

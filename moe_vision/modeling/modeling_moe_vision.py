@@ -6,11 +6,12 @@ language model ─ loss
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 
 from moe_vision.fusion.base import Mixer
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
+from moe_vision.modeling.turns import question_mask
 from moe_vision.slicing.pack import pack
 from moe_vision.slicing.plan import Size
 from moe_vision.types import VisualTokens
@@ -25,14 +27,20 @@ from moe_vision.types import VisualTokens
 
 @dataclass
 class MoeVisionModelOutput(BaseModelOutputWithPast):
-    """last_hidden_state: [B, T, D]; image_hidden_states: all images' tokens [count, D], if there were images."""
+    """last_hidden_state: [B, T, D]; image_hidden_states: all images' tokens [count, D], if there were images;
+    attention_mask as in `MoeVisionCausalLMOutput`.
+    """
 
     image_hidden_states: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
 
 @dataclass
 class MoeVisionCausalLMOutput(ModelOutput):
-    """loss: scalar; logits: [B, T, vocabulary]; the rest as the language model gives it."""
+    """loss: scalar; logits: [B, T, vocabulary]; the rest as the language model gives it.
+
+    attention_mask: [B, T] without the tokens that a selector dropped, if there is one: for who goes on from the cache.
+    """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -40,6 +48,7 @@ class MoeVisionCausalLMOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
 
 class MoeVisionPreTrainedModel(PreTrainedModel):
@@ -65,6 +74,15 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
         draw: Any = getattr(module, "init_non_persistent_buffers", None)
         if draw is not None:
             draw()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # Behind the library, which draws every linear layer alike and overlooks modules without their own parameters.
+        for module in self.modules():
+            draw: Any = getattr(module, "draw_weights", None)
+            if draw is not None:
+                draw()
 
 
 class MoeVisionTower(nn.Module):
@@ -110,7 +128,12 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             {branch: vision.adapter(branch).build(vision.mixed_shape(branch), width) for branch in vision.branches}
         )
         self.mixed_grid = vision.mixed_shape("overview").grid
+        self.projected_by = {branch: vision.adapter(branch).projected_by for branch in vision.branches}
         self.policy = vision.policy()
+        selector = vision.selector_config()
+        self.reads = "none" if selector is None else selector.reads
+        self.turns = vision.turn_ids()
+        self.selector = None if selector is None else selector.build(width)
         learnt = self.policy.learnt_markers()
         self.markers = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * width**-0.5) for name in learnt})
         self.language_model = AutoModel.from_config(config.text_config)
@@ -132,6 +155,9 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [tokens, D] per image.
 
+        `local` is a list with one [tokens] per image, true for the tokens of slices, among which a selector chooses;
+        `gates` holds what each adapter of a mixture contributed, [V, N, adapters] by branch, where there is a mixture.
+
         image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
         slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
         place, where there is no slicing.
@@ -143,19 +169,32 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
                     f"slicing '{self.policy.type_name}' needs pixel_values and image_sizes: give both, as this model's "
                     "processor makes them"
                 )
-            output["pooler_output"] = self.encode_sliced(pixel_values, image_sizes)
+            output |= self.encode_sliced(pixel_values, image_sizes)
         else:
             if mixed_tokens is None:
                 assert pixel_values is not None
                 mixed = self.vision_tower(pixel_values)
             else:
                 mixed = VisualTokens(mixed_tokens, self.mixed_grid)
+            adapted = self.adapt("overview", mixed)
             output["last_hidden_state"] = mixed.data
-            output["pooler_output"] = list(self.multi_modal_projector["overview"](mixed).data)
+            output["pooler_output"] = list(adapted.data)
+            if adapted.gates is not None:
+                output["gates"] = {"overview": adapted.gates}
         return output.to_tuple() if return_dict is False else output
 
-    def encode_sliced(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens [tokens, D] of each image, from all images' views [V, 3, H, W] in their plans' order.
+    def adapt(self, branch: str, mixed: VisualTokens) -> VisualTokens:
+        """Mixed tokens [V, N, C] of a branch → [V, N', D]: its adapter, and another's projector where it has none."""
+        adapted: VisualTokens = self.multi_modal_projector[branch](mixed)
+        other = self.projected_by[branch]
+        if other is None:
+            return adapted
+        adapter: Any = self.multi_modal_projector[other]
+        projected: VisualTokens = adapter.projection(adapted)
+        return projected
+
+    def encode_sliced(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, Any]:
+        """`pooler_output`, `local` and `gates` of images, from all their views [V, 3, H, W] in their plans' order.
 
         Views of one size are encoded together, whichever images they are of.
         """
@@ -170,16 +209,80 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         for row, view in enumerate(views):
             buckets[self.config.vision_config.branch_of(view.role), view.size].append(row)
         encoded: dict[int, torch.Tensor] = {}
+        gates: dict[str, list[torch.Tensor]] = defaultdict(list)
         for (branch, (height, width)), rows in buckets.items():
-            mixed = self.vision_tower(pixel_values[rows, :, :height, :width], branch)
-            encoded |= zip(rows, self.multi_modal_projector[branch](mixed).data, strict=True)
+            adapted = self.adapt(branch, self.vision_tower(pixel_values[rows, :, :height, :width], branch))
+            encoded |= zip(rows, adapted.data, strict=True)
+            if adapted.gates is not None:
+                gates[branch].append(adapted.gates)
         markers = self.marker_embeddings()
         packed, start = [], 0
         for plan in plans:
             end = start + len(plan.views)
             packed.append(pack(plan, [encoded[row] for row in range(start, end)], markers))
             start = end
-        return packed
+        local = [torch.tensor(plan.local_tokens, device=pixel_values.device) for plan in plans]
+        found: dict[str, Any] = {"pooler_output": packed, "local": local}
+        return found | ({"gates": {name: torch.cat(parts) for name, parts in gates.items()}} if gates else {})
+
+    def select(
+        self,
+        encoded: Any,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What `get_image_features` gave, and the prompt's embeddings [B, T, D] → each image's tokens [tokens, D], and
+        which of them the language model gets [tokens].
+
+        Raises ValueError where the selector reads a question and there is none.
+        """
+        tokens = list(encoded.pooler_output)
+        keep = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in tokens]
+        if self.selector is None or encoded.get("selected"):
+            return tokens, keep
+        if encoded.get("local") is None:
+            raise ValueError("mm_encoder_outputs does not say which tokens are of slices: take get_image_features' own")
+        local: list[torch.Tensor] = encoded["local"]
+        placeholders = self.placeholders(input_ids, inputs_embeds)
+        rows = placeholders.nonzero()[:, 0].tolist()
+        check_placeholders(len(rows), sum(map(len, tokens)), self.config.image_token_id)
+        texts = self.texts(input_ids, placeholders, attention_mask)
+        start = 0
+        for i, (image, of_slices) in enumerate(zip(tokens, local, strict=True)):
+            row, start = rows[start], start + len(image)
+            if not of_slices.any():
+                continue
+            text = inputs_embeds[row][texts[row]]
+            if self.reads != "none" and not len(text):
+                raise ValueError(
+                    f"prompt {row} of the batch has no text that its selector could read (text: {self.reads}): ask a "
+                    "question, or take another selector"
+                )
+            selection = self.selector(image[of_slices], text)
+            tokens[i] = image.masked_scatter(of_slices[:, None], selection.tokens.to(image))
+            keep[i] = keep[i].masked_scatter(of_slices, selection.keep)
+        return tokens, keep
+
+    def texts(
+        self, input_ids: torch.Tensor | None, placeholders: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, T], true for what the selector reads of each prompt."""
+        text = ~placeholders
+        if attention_mask is not None:
+            text = text & attention_mask[:, -text.shape[1] :].bool()
+        if self.reads != "question":
+            return text
+        if input_ids is None:
+            raise ValueError("the selector finds the question by its token ids: give input_ids, not inputs_embeds")
+        return text & question_mask(input_ids, self.turns)
+
+    def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """[B, T], true where a visual token belongs."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
 
     def marker_embeddings(self) -> dict[str, torch.Tensor]:
         """Embedding [D] of each marker: of its token, or its own where it has none."""
@@ -197,11 +300,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
 
         Raises ValueError if there are not exactly as many placeholders as visual tokens.
         """
-        if input_ids is None:
-            token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self.placeholders(input_ids, inputs_embeds)
         if not torch.compiler.is_compiling():
             check_placeholders(int(mask.sum()), visual_tokens.shape[0], self.config.image_token_id)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens.to(inputs_embeds))
@@ -234,9 +333,16 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         encoded: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or mixed_tokens is not None:
             encoded = self.get_image_features(pixel_values, image_sizes, mixed_tokens, return_dict=True)
-        visual_tokens = None
+        visual_tokens = dropped_mask = None
         if encoded is not None:
-            visual_tokens = torch.cat(tuple(encoded.pooler_output), dim=0)
+            tokens, keep = self.select(encoded, input_ids, inputs_embeds, attention_mask)
+            visual_tokens = torch.cat(tokens, dim=0)
+            if self.selector is not None and not encoded.get("selected"):
+                valid = with_kept(self.placeholders(input_ids, inputs_embeds), keep)
+                attention_mask = dropped_mask = hidden_from(attention_mask, valid, past_key_values)
+                if position_ids is None:  # as if the dropped tokens were not there
+                    places: Any = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+                    position_ids = places[:, -valid.shape[1] :]
             inputs_embeds = self.splice(input_ids, inputs_embeds, visual_tokens)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -252,8 +358,27 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=visual_tokens,
+            attention_mask=dropped_mask,
         )
         return result.to_tuple() if return_dict is False else result
+
+
+def with_kept(placeholders: torch.Tensor, keep: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, T], false on the placeholders of image tokens that are not kept; keep: [tokens] of each image."""
+    return torch.ones_like(placeholders).masked_scatter(placeholders, torch.cat(list(keep)))
+
+
+def hidden_from(attention_mask: torch.Tensor | None, valid: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """The mask [B, past + T] of a prompt without tokens that are not valid [B, T]. Raises ValueError if it is 4-D."""
+    if attention_mask is None:
+        past = cache.get_seq_length() if cache is not None else 0
+        attention_mask = torch.ones(len(valid), past + valid.shape[1], dtype=torch.long, device=valid.device)
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"a selector drops tokens from a mask [B, T]; attention_mask is {tuple(attention_mask.shape)}: give such a one"
+        )
+    past = attention_mask.shape[1] - valid.shape[1]
+    return torch.cat([attention_mask[:, :past], attention_mask[:, past:] * valid.to(attention_mask)], dim=1)
 
 
 def check_placeholders(placeholders: int, tokens: int, image_token_id: int) -> None:
@@ -336,8 +461,47 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            attention_mask=outputs.attention_mask,
         )
         return result.to_tuple() if return_dict is False else result
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As `GenerationMixin.generate`. Tokens that a selector drops leave the sequence before the first step, so that
+        they take neither time nor cache; what is returned holds the prompt as it was given.
+        """
+        mixin: Any = super()
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        views, sizes = kwargs.get("pixel_values"), kwargs.get("image_sizes")
+        if self.model.selector is None or ids is None or (given is None and views is None):
+            return mixin.generate(inputs, **kwargs)
+        encoded: Any = self.get_image_features(views, sizes, return_dict=True) if given is None else given
+        mask = kwargs.get("attention_mask")
+        tokens, keep = self.model.select(encoded, ids, self.get_input_embeddings()(ids), mask)
+        valid = with_kept(ids == self.config.image_token_id, keep)
+        config = kwargs.get("generation_config") or self.generation_config
+        pad = next((value for value in (kwargs.get("pad_token_id"), config.pad_token_id) if value is not None), 0)
+        short, short_mask = without_dropped(ids, mask, valid, pad)
+        for name in ("max_length", "min_length"):  # which count the prompt
+            length = kwargs.get(name, getattr(config, name, None))
+            if length is not None:
+                kwargs[name] = length - ids.shape[1] + short.shape[1]
+        replaced = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "mm_encoder_outputs")
+        kwargs = {name: value for name, value in kwargs.items() if name not in replaced}
+        kept = BaseModelOutputWithPooling()
+        kept["pooler_output"] = [image[chosen] for image, chosen in zip(tokens, keep, strict=True)]
+        kept["selected"] = True
+        output = mixin.generate(
+            input_ids=short, attention_mask=short_mask, mm_encoder_outputs={"image": kept}, **kwargs
+        )
+        sequences = output if torch.is_tensor(output) else output.sequences
+        prompts = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
+        restored = torch.cat([prompts, sequences[:, short.shape[1] :]], dim=1)
+        if torch.is_tensor(output):
+            return restored
+        output.sequences = restored
+        return output
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -357,3 +521,17 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
             model_kwargs |= {"pixel_values": views, "image_sizes": sizes}
         mixin: Any = super()
         return mixin._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def without_dropped(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, valid: torch.Tensor, pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [B, T] without padding and the tokens that are not valid [B, T], padded on the left to the longest, and
+    their mask."""
+    if attention_mask is not None:
+        valid = valid & attention_mask.bool()
+    rows = [ids[chosen] for ids, chosen in zip(input_ids, valid, strict=True)]
+    length = max(len(row) for row in rows)
+    short = torch.stack([F.pad(row, (length - len(row), 0), value=pad) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (length - len(row), 0)) for row in rows])
+    return short, mask

@@ -132,6 +132,18 @@ class Plan:
         """Tokens that the language model gets for the image."""
         return self.num_visual_tokens + self.num_marker_tokens
 
+    @property
+    def local_tokens(self) -> tuple[bool, ...]:
+        """For each of `num_tokens`, whether it is of a slice: not a marker, nor of the whole image."""
+        local: list[bool] = []
+        for piece in self.pieces:
+            if isinstance(piece, Marker):
+                local.append(False)
+                continue
+            row = [piece.views[0].role == "slice"] * piece.shape[1] + [False] * (piece.row_end is not None)
+            local += row * piece.shape[0]
+        return tuple(local)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `moe-vision plan --json` prints them."""
         return {

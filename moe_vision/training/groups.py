@@ -15,7 +15,7 @@ def parameter_groups(model: MoeVisionForConditionalGeneration) -> dict[str, list
     }
     prefixes |= {
         "mixers": "model.vision_tower.mixers.",
-        "adapters": ("model.multi_modal_projector.", "model.markers."),
+        "adapters": ("model.multi_modal_projector.", "model.selector.", "model.markers."),
         "language_model": "model.language_model.",
     }
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in prefixes}
@@ -25,14 +25,16 @@ def parameter_groups(model: MoeVisionForConditionalGeneration) -> dict[str, list
     return groups
 
 
-def group_modules(model: MoeVisionForConditionalGeneration) -> dict[str, nn.Module]:
-    """The module of each finest group; the language model's head has no mode of its own and is left out."""
+def group_modules(model: MoeVisionForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The modules of each finest group; the language model's head has no mode of its own and is left out."""
     inner = model.model
-    modules: dict[str, nn.Module] = {f"experts.{name}": module for name, module in inner.vision_tower.experts.items()}
+    modules: dict[str, list[nn.Module]] = {
+        f"experts.{name}": [module] for name, module in inner.vision_tower.experts.items()
+    }
     return modules | {
-        "mixers": inner.vision_tower.mixers,
-        "adapters": inner.multi_modal_projector,
-        "language_model": inner.language_model,
+        "mixers": [inner.vision_tower.mixers],
+        "adapters": [module for module in (inner.multi_modal_projector, inner.selector) if module is not None],
+        "language_model": [inner.language_model],
     }
 
 

@@ -28,8 +28,8 @@ class GroupTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Trainer has just put the whole model into training mode; what is frozen must not drop out."""
-        for group, module in group_modules(self.accelerator.unwrap_model(model)).items():
-            if group not in self.rates:
+        for group, modules in group_modules(self.accelerator.unwrap_model(model)).items():
+            for module in modules if group not in self.rates else ():
                 module.eval()
         return super().compute_loss(model, *args, **kwargs)
 

@@ -83,8 +83,8 @@ class Slow(nn.Module):
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        self.weights = {key.split("slow_vision_tower.vision_tower.")[1]: v for key, v in weights.items() if "slow" in key
-                        and "vision_tower" in key}  # fmt: skip
+        prefix = "slow_vision_tower.vision_tower."
+        self.weights = {key.split(prefix)[1]: value for key, value in weights.items() if prefix in key}
 
     def forward(self, views: torch.Tensor) -> FeatureMap:
         w = self.weights

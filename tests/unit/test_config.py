@@ -53,7 +53,8 @@ def test_unknown_type() -> None:
     values = tiny_values()
     values["branches"]["overview"]["adapter"]["type"] = "mpl"
     assert problems(values) == [
-        "branches.overview.adapter.type = 'mpl': unknown type 'mpl'; did you mean 'mlp'? (known: cell, gated_mixture, mlp, perceiver, "
+        "branches.overview.adapter.type = 'mpl': unknown type 'mpl'; did you mean 'mlp'? (known: cell, "
+        "gated_mixture, mlp, perceiver, "
         "query_compressor, region_attention)"
     ]
 

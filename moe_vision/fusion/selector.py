@@ -1,0 +1,283 @@
+"""Which of an image's local tokens the language model gets, by the question that is asked of it.
+
+SliME (Zhang et al., 2024) promises such a selector: fewer local tokens, those that matter. `similarity` is what the
+paper says, with parameters that learn; `published` is what its code does; `random` drops as many without looking, the
+baseline that a selector has to beat.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from moe_vision.registry import SELECTORS
+
+
+@dataclass(frozen=True)
+class Selection:
+    """tokens: [L, D], all of them; keep: [L], true for those that the language model gets."""
+
+    tokens: torch.Tensor
+    keep: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorConfig:
+    """What every selector's config has."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    type_name: ClassVar[str] = ""
+
+    @property
+    def reads(self) -> Literal["question", "all", "none"]:
+        """`question`: the user's turns; `all`: every token of the prompt that stands for no image."""
+        raise NotImplementedError(f"{type(self).__name__} must define reads")
+
+    def kept(self, tokens: int) -> int | None:
+        """How many of so many local tokens are kept, null where that depends on the picture."""
+        raise NotImplementedError(f"{type(self).__name__} must define kept()")
+
+    def build(self, hidden_size: int) -> "Selector":
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the registered name as `type`."""
+        return {"type": self.type_name, **asdict(self)}
+
+
+class Selector(nn.Module):
+    """forward: local tokens [L, D] of one image, in their order, and text [T, D] as the language model embeds it."""
+
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+        raise NotImplementedError(f"{type(self).__name__} must define forward()")
+
+
+def check_budget(name: str, top_k: int | None, top_p: float | None, min_tokens: int = 1) -> None:
+    """Raises ValueError unless exactly one of top_k and top_p is given, and in range."""
+    if (top_k is None) == (top_p is None):
+        raise ValueError(f"top_k {top_k} and top_p {top_p} of {name}: give one of them, a number of tokens or a share")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} of {name}: must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} of {name}: must be above 0 and up to 1")
+    if min_tokens < 1:
+        raise ValueError(f"min_tokens {min_tokens} of {name}: must be at least 1")
+
+
+@SELECTORS.register("similarity")
+@dataclass(frozen=True, kw_only=True)
+class SimilarityConfig(SelectorConfig):
+    """Tokens that are alike the question's words, in a space that is learnt.
+
+    top_k: tokens that an image keeps. top_p: in its place, the fewest tokens that hold this share of the softmax over
+    all scores, and no fewer than min_tokens. reduce: a token's score is that of the word that it is most like (`max`),
+    or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel noise on the
+    scores in training, so that tokens are tried that would not be kept. text: whose words.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_tokens: int = 1
+    reduce: Literal["mean", "max"] = "max"
+    projection_size: int = 256
+    noise: float = 1.0
+    text: Literal["question", "all"] = "question"
+
+    def __post_init__(self) -> None:
+        check_budget(self.type_name, self.top_k, self.top_p, self.min_tokens)
+        if self.projection_size < 1:
+            raise ValueError(f"projection_size {self.projection_size} of {self.type_name}: must be at least 1")
+        if self.noise < 0:
+            raise ValueError(f"noise {self.noise} of {self.type_name}: must be at least 0")
+
+    @property
+    def reads(self) -> Literal["question", "all", "none"]:
+        return self.text
+
+    def kept(self, tokens: int) -> int | None:
+        return kept_of(tokens, self.top_k, self.top_p)
+
+    def build(self, hidden_size: int) -> "Similarity":
+        return Similarity(self, hidden_size)
+
+
+class Similarity(Selector):
+    def __init__(self, config: SimilarityConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.token_proj = nn.Linear(hidden_size, config.projection_size, bias=False)
+        self.text_proj = nn.Linear(hidden_size, config.projection_size, bias=False)
+        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        # One and the same at first, so that scores begin as the cosine in the language model's own space.
+        init.normal_(self.token_proj.weight, std=self.config.projection_size**-0.5)
+        init.copy_(self.text_proj.weight, self.token_proj.weight)
+        init.constant_(self.log_temperature, math.log(0.1))
+
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+        config, scores = self.config, self.scores(tokens, text)
+        ranked = scores.detach()
+        if self.training and config.noise:
+            gumbel = -torch.empty_like(ranked).exponential_().log()
+            ranked = ranked + config.noise * gumbel
+        if config.top_k is not None:
+            keep = best(ranked, config.top_k)
+        else:
+            assert config.top_p is not None
+            keep = nucleus(ranked.softmax(-1), config.top_p, config.min_tokens)
+        if not torch.is_grad_enabled() or bool(keep.all()):
+            return Selection(tokens, keep)
+        return Selection(straight_through(tokens, scores, keep), keep)
+
+    def scores(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """How alike each token [L, D] is to the words [T, D], over the temperature: [L]."""
+        seen, asked = self.token_proj(tokens), self.text_proj(text)
+        alike = cosine_mean(seen, asked) if self.config.reduce == "mean" else cosine_max(seen, asked)
+        return alike / self.log_temperature.exp()
+
+
+def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Tokens [L, D] as they are, with a gradient to the scores [L]: as if each stood between what all tokens have in
+    common and itself, the nearer to itself the higher its score lies above the last that is kept.
+    """
+    kept, dropped = scores.detach()[keep], scores.detach()[~keep]
+    middle = (kept.min() + dropped.max()) / 2
+    share = torch.sigmoid(scores - middle)[:, None]
+    own = (tokens - tokens.mean(0)).detach()
+    return tokens + (share - share.detach()) * own
+
+
+@SELECTORS.register("random")
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(SelectorConfig):
+    """top_k tokens of each image, drawn anew on every call: what a selector that looks has to beat at equal count."""
+
+    top_k: int
+
+    def __post_init__(self) -> None:
+        check_budget(self.type_name, self.top_k, None)
+
+    @property
+    def reads(self) -> Literal["question", "all", "none"]:
+        return "none"
+
+    def kept(self, tokens: int) -> int | None:
+        return kept_of(tokens, self.top_k, None)
+
+    def build(self, hidden_size: int) -> "RandomSelector":
+        return RandomSelector(self)
+
+
+class RandomSelector(Selector):
+    def __init__(self, config: RandomConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+        return Selection(tokens, best(torch.rand(len(tokens), device=tokens.device), self.config.top_k))
+
+
+@SELECTORS.register("published")
+@dataclass(frozen=True, kw_only=True)
+class PublishedConfig(SelectorConfig):
+    """SliME's own (yfzhang114/SliME, multimodal_resampler/builder.py), for its checkpoints: it has no parameter, gets
+    no gradient, and reads the whole prompt, in training answers included.
+
+    top_p, temperature: as `mm_resampler_topp` and `mm_resampler_temp`. double_softmax: as before 2024-11-08, when the
+    paper and its checkpoints came out: nearly all tokens weigh alike then, and about top_p of them are kept whatever
+    the text.
+    """
+
+    top_p: float = 0.95
+    temperature: float = 1.0
+    double_softmax: bool = False
+
+    def __post_init__(self) -> None:
+        check_budget(self.type_name, None, self.top_p)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature} of {self.type_name}: must be above 0")
+
+    @property
+    def reads(self) -> Literal["question", "all", "none"]:
+        return "all"
+
+    def kept(self, tokens: int) -> int | None:
+        return kept_of(tokens, None, self.top_p)
+
+    def build(self, hidden_size: int) -> "PublishedSelector":
+        return PublishedSelector(self)
+
+
+class PublishedSelector(Selector):
+    def __init__(self, config: PublishedConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+        scores = cosine_sum(tokens, text)
+        if self.config.double_softmax:
+            scores = (scores / 0.5).softmax(-1)
+        if self.training:
+            scores = scores + 0.1 * torch.randn_like(scores)
+        return Selection(tokens, published_nucleus((scores / self.config.temperature).softmax(-1), self.config.top_p))
+
+
+def kept_of(tokens: int, top_k: int | None, top_p: float | None) -> int | None:
+    """How many of so many tokens a budget keeps, null where that depends on the scores."""
+    if top_k is not None:
+        return min(top_k, tokens)
+    return tokens if top_p == 1 else None
+
+
+def cosine_sum(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Sum over the words [T, D] of the cosine with each token [L, D]: [L].
+
+    The published code makes a tensor [L, T, D] of all pairs; a sum of products with one vector is the product with the
+    sum of vectors.
+    """
+    return F.normalize(tokens, dim=-1) @ F.normalize(text, dim=-1).sum(0)
+
+
+def cosine_mean(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """As `cosine_sum`, averaged over the words."""
+    return cosine_sum(tokens, text) / len(text)
+
+
+def cosine_max(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Cosine of each token [L, D] with the word [T, D] that it is most like: [L]."""
+    return (F.normalize(tokens, dim=-1) @ F.normalize(text, dim=-1).T).amax(-1)
+
+
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """[L] → [L], true for the `count` highest."""
+    index = scores.topk(min(count, len(scores))).indices
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, index, True)
+
+
+def nucleus(shares: torch.Tensor, top_p: float, min_tokens: int) -> torch.Tensor:
+    """[L] summing to one → [L], true for the fewest that hold `top_p` of it, and no fewer than `min_tokens`."""
+    if top_p >= 1:
+        return torch.ones_like(shares, dtype=torch.bool)
+    ordered = shares.sort(descending=True)
+    before = ordered.values.cumsum(-1) - ordered.values
+    wanted = (before < top_p) | (torch.arange(len(shares), device=shares.device) < min_tokens)
+    return torch.zeros_like(wanted).scatter(0, ordered.indices, wanted)
+
+
+def published_nucleus(shares: torch.Tensor, top_p: float) -> torch.Tensor:
+    """As `nucleus`, counted as the published code does: those whose running sum is not above `top_p`, and one more.
+
+    At 1 it keeps all, where the published sum drops some when rounding carries it above 1.
+    """
+    if top_p >= 1:
+        return torch.ones_like(shares, dtype=torch.bool)
+    ordered = shares.sort(descending=True)
+    count = int((ordered.values.cumsum(-1) <= top_p).sum()) + 1
+    return torch.zeros_like(shares, dtype=torch.bool).index_fill(0, ordered.indices[:count], True)

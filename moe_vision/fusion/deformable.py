@@ -23,8 +23,8 @@ from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 @dataclass(frozen=True, kw_only=True)
 class DeformableConfig(BaseExpertConfig):
     """As `BaseExpertConfig`. hidden_size: width of the sampled values, the base's if null. num_heads, num_points:
-    how many heads, and how many points each samples of each level. num_levels: scales of every other expert, each half as fine as the one
-    before. zero_init: begin with the base's own features.
+    how many heads, and how many points each samples of each level. num_levels: scales of every other expert, each half
+    as fine as the one before. zero_init: begin with the base's own features.
     """
 
     hidden_size: int | None = None

@@ -160,16 +160,17 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
 
         image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
         slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
-        place, where there is no slicing.
+        place, where all views become as many.
         """
         output = BaseModelOutputWithPooling()
         if not self.policy.one_view:
-            if pixel_values is None or image_sizes is None:
+            views = pixel_values if mixed_tokens is None else mixed_tokens
+            if views is None or image_sizes is None:
                 raise ValueError(
                     f"slicing '{self.policy.type_name}' needs pixel_values and image_sizes: give both, as this model's "
                     "processor makes them"
                 )
-            output |= self.encode_sliced(pixel_values, image_sizes)
+            output |= self.encode_sliced(views, image_sizes)
         else:
             if mixed_tokens is None:
                 assert pixel_values is not None
@@ -193,25 +194,26 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         projected: VisualTokens = adapter.projection(adapted)
         return projected
 
-    def encode_sliced(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, Any]:
-        """`pooler_output`, `local` and `gates` of images, from all their views [V, 3, H, W] in their plans' order.
+    def encode_sliced(self, inputs: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, Any]:
+        """`pooler_output`, `local` and `gates` of images, from all their views [V, 3, H, W] in their plans' order, or
+        what the vision tower made of each, [V, N, C].
 
         Views of one size are encoded together, whichever images they are of.
         """
         plans = [self.policy.plan((height, width), images) for height, width, images in image_sizes.tolist()]
         views = [view for plan in plans for view in plan.views]
-        if len(views) != pixel_values.shape[0]:
+        if len(views) != inputs.shape[0]:
             raise ValueError(
                 f"images of sizes {image_sizes.tolist()} have {len(views)} views, pixel_values holds "
-                f"{pixel_values.shape[0]}: make both with this model's processor"
+                f"{inputs.shape[0]}: make both with this model's processor"
             )
         buckets: dict[tuple[str, Size], list[int]] = defaultdict(list)
         for row, view in enumerate(views):
             buckets[self.config.vision_config.branch_of(view.role), view.size].append(row)
         encoded: dict[int, torch.Tensor] = {}
         gates: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for (branch, (height, width)), rows in buckets.items():
-            adapted = self.adapt(branch, self.vision_tower(pixel_values[rows, :, :height, :width], branch))
+        for (branch, size), rows in buckets.items():
+            adapted = self.adapt(branch, self.mixed(inputs[rows], branch, size))
             encoded |= zip(rows, adapted.data, strict=True)
             if adapted.gates is not None:
                 gates[branch].append(adapted.gates)
@@ -221,9 +223,16 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             end = start + len(plan.views)
             packed.append(pack(plan, [encoded[row] for row in range(start, end)], markers))
             start = end
-        local = [torch.tensor(plan.local_tokens, device=pixel_values.device) for plan in plans]
+        local = [torch.tensor(plan.local_tokens, device=inputs.device) for plan in plans]
         found: dict[str, Any] = {"pooler_output": packed, "local": local}
         return found | ({"gates": {name: torch.cat(parts) for name, parts in gates.items()}} if gates else {})
+
+    def mixed(self, inputs: torch.Tensor, branch: str, size: Size) -> VisualTokens:
+        """Views of `size` in a canvas [V, 3, H, W], or what the tower made of them before [V, N, C] → [V, N, C]."""
+        if inputs.ndim == 3:
+            return VisualTokens(inputs, self.config.vision_config.mixed_shape(branch, size).grid)
+        tokens: VisualTokens = self.vision_tower(inputs[:, :, : size[0], : size[1]], branch)
+        return tokens
 
     def select(
         self,
@@ -375,7 +384,8 @@ def hidden_from(attention_mask: torch.Tensor | None, valid: torch.Tensor, cache:
         attention_mask = torch.ones(len(valid), past + valid.shape[1], dtype=torch.long, device=valid.device)
     if attention_mask.ndim != 2:
         raise ValueError(
-            f"a selector drops tokens from a mask [B, T]; attention_mask is {tuple(attention_mask.shape)}: give such a one"
+            f"a selector drops tokens from a mask [B, T], and attention_mask is {tuple(attention_mask.shape)}: give one "
+            "of two dimensions"
         )
     past = attention_mask.shape[1] - valid.shape[1]
     return torch.cat([attention_mask[:, :past], attention_mask[:, past:] * valid.to(attention_mask)], dim=1)

@@ -26,14 +26,19 @@ RGB = {
 FONT_PX = 14
 
 
-def render(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB picture of 128 x 128 pixels; colours, sizes and places vary a little with its seed."""
+def render(scene: Scene, spread: int = 1) -> Image.Image:
+    """Draw a scene as an RGB picture of 128 x 128 pixels; colours, sizes and places vary a little with its seed.
+
+    spread: make the picture so many times as high and wide, with items as large as ever, each somewhere in its cell:
+    what is small print in such a picture is lost where the whole is shrunk to 128 pixels.
+    """
     rng = random.Random(~scene.seed)
     grey = rng.randint(232, 248)
-    picture = Image.new("RGB", (IMAGE_PX, IMAGE_PX), (grey, grey, grey))
+    picture = Image.new("RGB", (IMAGE_PX * spread, IMAGE_PX * spread), (grey, grey, grey))
     draw = ImageDraw.Draw(picture)
     for (row, column), item in scene.cells.items():
-        draw_item(draw, item, left=column * CELL_PX, top=row * CELL_PX, grey=grey, rng=rng)
+        top, left = (CELL_PX * (spread * n + (rng.randrange(spread) if spread > 1 else 0)) for n in (row, column))
+        draw_item(draw, item, left=left, top=top, grey=grey, rng=rng)
     return picture
 
 

@@ -20,11 +20,11 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return conversation
 
 
-def write_split(folder: Path, split: str, num_scenes: int, seed: int = 0) -> dict[str, Path]:
+def write_split(folder: Path, split: str, num_scenes: int, seed: int = 0, spread: int = 1) -> dict[str, Path]:
     """Write a split's pictures and JSON files below `folder`; returns the JSON files by name.
 
     `train` gets `captions` (one dense caption a picture) and `questions` (all eight in one conversation, in random
-    order); `val` and `test` get `questions` with one record a question and its `task`.
+    order); `val` and `test` get `questions` with one record a question and its `task`. spread: as `render` has it.
     """
     images = folder / "images" / split
     images.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_split(folder: Path, split: str, num_scenes: int, seed: int = 0) -> dic
     for index in range(num_scenes):
         scene = make_scene(scene_seed(split, index, seed))
         name = f"images/{split}/{index:05d}.png"
-        render(scene).save(folder / name)
+        render(scene, spread).save(folder / name)
         pairs = questions(scene)
         if split == "train":
             captions.append(record(f"{split}-{index}", name, [(CAPTION_PROMPT, caption(scene))]))

@@ -334,6 +334,19 @@ def import_llava_uhd(
     print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
 
 
+@import_app.command("slime")
+def import_slime(
+    source: Annotated[Path, typer.Argument(help="Folder of a SliME checkpoint, .safetensors or .bin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Turn a SliME checkpoint (yfzhang114/SliME) into a model folder for generate, eval and export."""
+    from moe_vision.interop import import_slime as run
+
+    folder = run(source, output, overrides or [])
+    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
+
+
 @micro_app.command("rebuild")
 def rebuild(
     expert: Annotated[list[str] | None, typer.Option(help="Only this part; give it again for more.")] = None,

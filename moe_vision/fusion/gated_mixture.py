@@ -29,6 +29,7 @@ class GatedMixtureConfig(AdapterConfig):
 
     top_k: adapters that a token is given to. only: one of the two alone, without gate, as SliME's first stages train.
     noise: added to the gate's scores in training, of a size that is learnt. published_noise: of the published size.
+    half_positions: round the resampler's fixed positions to 16 bits, as published. Both are for imported checkpoints.
     """
 
     depth: int = 2
@@ -38,6 +39,7 @@ class GatedMixtureConfig(AdapterConfig):
     only: Literal["mlp", "resampler"] | None = None
     noise: bool = True
     published_noise: bool = False
+    half_positions: bool = False
 
     @property
     def any_grid(self) -> bool:
@@ -65,7 +67,7 @@ class GatedMixture(Adapter):
         self.config = config
         self.projection = MlpConfig(depth=config.depth, inner_size=config.inner_size).build(inputs, hidden_size)
         if config.only != "mlp":
-            self.resampler = resampler(inputs.num_tokens, config.num_heads, inputs.channels)
+            self.resampler = resampler(inputs.num_tokens, config.num_heads, inputs.channels, config.half_positions)
         if config.only is None:
             self.gate = nn.Parameter(torch.empty(inputs.channels, 2))
             self.noise = None

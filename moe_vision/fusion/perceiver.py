@@ -74,11 +74,20 @@ class Resampler(Adapter):
     """Parameters of both resamplers; `attend` is what they differ in.
 
     projects: whether there are projections before and behind, or the attention works at the inputs' own width.
+    half_positions: round the fixed positions to 16 bits, as SliME's published code does.
     """
 
-    def __init__(self, config: ResamplerConfig, channels: int, hidden_size: int, projects: bool = True) -> None:
+    def __init__(
+        self,
+        config: ResamplerConfig,
+        channels: int,
+        hidden_size: int,
+        projects: bool = True,
+        half_positions: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.half_positions = half_positions
         self.num_heads = config.heads(hidden_size)
         self.query = nn.Parameter(torch.empty(config.num_queries, hidden_size))
         self.input_proj = nn.Linear(channels, hidden_size, bias=False) if projects else nn.Identity()
@@ -100,6 +109,8 @@ class Resampler(Adapter):
         """Sine and cosine embedding of the queries' square, stretched over `grid`: [h * w, D]."""
         side = self.config.side
         table = sincos_positions(side, self.query.shape[1], self.query.device)
+        if self.half_positions:
+            table = table.half().float()
         if grid != (side, side):
             raster = table.T.unflatten(1, (side, side))[None]
             table = F.interpolate(raster, grid, mode="bicubic", align_corners=False)[0].flatten(1).T

@@ -19,13 +19,15 @@ from moe_vision.types import TokenShape, VisualTokens
 @dataclass(frozen=True, kw_only=True)
 class QueryCompressorConfig(ResamplerConfig):
     """As `ResamplerConfig`. projector: `own`, an MLP of `depth` layers, `inner_size` wide between them, the language
-    model's if null; `overview`, that of the overview's adapter.
+    model's if null; `overview`, that of the overview's adapter. half_positions: round the fixed positions to 16 bits,
+    as the published code does: for imported checkpoints.
     """
 
     num_queries: int = 144
     projector: Literal["own", "overview"] = "own"
     depth: int = 2
     inner_size: int | None = None
+    half_positions: bool = False
 
     @property
     def projected_by(self) -> str | None:
@@ -42,7 +44,7 @@ class QueryCompressorConfig(ResamplerConfig):
 class QueryCompressor(Adapter):
     def __init__(self, config: QueryCompressorConfig, inputs: TokenShape, hidden_size: int) -> None:
         super().__init__()
-        self.resampler = resampler(config.num_queries, config.num_heads, inputs.channels)
+        self.resampler = resampler(config.num_queries, config.num_heads, inputs.channels, config.half_positions)
         self.projection = None
         if config.projector == "own":
             mlp = MlpConfig(depth=config.depth, inner_size=config.inner_size)
@@ -54,8 +56,8 @@ class QueryCompressor(Adapter):
         return compressed if self.projection is None else self.projection(compressed)
 
 
-def resampler(num_queries: int, num_heads: int | None, channels: int) -> Perceiver:
+def resampler(num_queries: int, num_heads: int | None, channels: int, half_positions: bool) -> Perceiver:
     """A perceiver at the experts' own width, without projections before and behind."""
     config = PerceiverConfig(num_queries=num_queries, num_heads=num_heads)
     config.check_heads(channels)
-    return Perceiver(config, channels, channels, projects=False)
+    return Perceiver(config, channels, channels, projects=False, half_positions=half_positions)

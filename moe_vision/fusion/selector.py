@@ -189,13 +189,15 @@ class PublishedConfig(SelectorConfig):
     """SliME's own (yfzhang114/SliME, multimodal_resampler/builder.py), for its checkpoints: it has no parameter, gets
     no gradient, and reads the whole prompt, in training answers included.
 
-    top_p, temperature: as `mm_resampler_topp` and `mm_resampler_temp`. double_softmax: as before 2024-11-08, when the
-    paper and its checkpoints came out: nearly all tokens weigh alike then, and about top_p of them are kept whatever
-    the text.
+    top_p, temperature: as `mm_resampler_topp` and `mm_resampler_temp`. reduce: a token's score is the sum over the text
+    (`mean` is what the code does without a mask), so that longer prompts keep fewer. double_softmax: as before
+    2024-11-08, when the paper and its checkpoints came out: nearly all tokens weigh alike then, and about top_p of them
+    are kept whatever the text.
     """
 
     top_p: float = 0.95
     temperature: float = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
     double_softmax: bool = False
 
     def __post_init__(self) -> None:
@@ -221,7 +223,7 @@ class PublishedSelector(Selector):
 
     @torch.no_grad()
     def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
-        scores = cosine_sum(tokens, text)
+        scores = cosine_sum(tokens, text) if self.config.reduce == "sum" else cosine_mean(tokens, text)
         if self.config.double_softmax:
             scores = (scores / 0.5).softmax(-1)
         if self.training:

@@ -2,5 +2,6 @@
 
 from moe_vision.interop.eagle import import_eagle
 from moe_vision.interop.llava_uhd import import_llava_uhd
+from moe_vision.interop.slime import import_slime
 
-__all__ = ["import_eagle", "import_llava_uhd"]
+__all__ = ["import_eagle", "import_llava_uhd", "import_slime"]

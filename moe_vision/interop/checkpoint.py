@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from moe_vision.experts.weights import WeightsError, listed, read_state_dict
+from moe_vision.experts.weights import WeightsError, fitted, listed, read_state_dict, resolve
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.compose import load_tokenizer, make_processor, marker_ids, question_turns, save
 from moe_vision.modeling.model_config import ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
+
+VARIANTS_OF_TOWERS = {
+    "clip-vit-large-patch14-336": "vit_large_patch14_336",
+    "clip-vit-large-patch14": "vit_large_patch14_224",
+}
+"""Our variant of CLIP for each last part of `mm_vision_tower`, which is a Hub id or a folder of its authors'."""
 
 
 class CheckpointError(ValueError):
@@ -51,6 +57,47 @@ def llama_values(source: Path, published: Mapping[str, Any]) -> dict[str, Any]:
         "image_token": "<image>",
         "architecture": {"model_type": "llama", **architecture},
     }
+
+
+def check_settings(
+    published: Mapping[str, Any], path: Path, system: str, allowed: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raises CheckpointError for a setting that the system's checkpoints never had; one that is missing passes."""
+    for key, values in allowed.items():
+        if published.get(key, values[0]) not in values:
+            raise CheckpointError(f"{path}: {key} is {published[key]!r}, which {system} never had: only {values}")
+
+
+def clip_variant(published: Mapping[str, Any], path: Path) -> str:
+    """Our variant of the CLIP that config.json names. Raises CheckpointError for another tower."""
+    tower = Path(str(published.get("mm_vision_tower", ""))).name
+    if tower not in VARIANTS_OF_TOWERS:
+        known = ", ".join(VARIANTS_OF_TOWERS)
+        raise CheckpointError(f"{path}: mm_vision_tower ends with '{tower}', which is no CLIP known here ({known})")
+    return VARIANTS_OF_TOWERS[tower]
+
+
+def under(state: Weights, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def clip_weights(
+    tower: Weights, config: ModelConfig, model: MoeVisionForConditionalGeneration, source: Path
+) -> dict[str, torch.Tensor]:
+    """CLIP's weights by our names: the folder's, or those that `experts.clip.pretrained` names where it has none.
+
+    Raises WeightsError where there are none, or where they do not fit.
+    """
+    expert: Any = model.model.vision_tower.experts["clip"]
+    origin = f"{source}, CLIP"
+    if not tower:
+        pretrained = config.experts["clip"].pretrained
+        if pretrained is None:
+            raise WeightsError(f"'{source}' holds no CLIP: give experts.clip.pretrained, a Hub id or a folder")
+        origin = str(expert.config.spec.hub_id if pretrained == "default" else pretrained)
+        tower = read_state_dict(resolve(origin, expert.config.spec))
+    return {f"model.vision_tower.experts.clip.model.{k}": v for k, v in fitted(expert, tower, origin).items()}
 
 
 def published_weights(source: Path) -> dict[str, torch.Tensor]:
@@ -139,3 +186,29 @@ def gap(tokenizer: Any) -> str:
         f"'{tokenizer.name_or_path}': its tokenizer does not make {expected} of {image.join(pieces)!r}, as LLaVA's "
         "does: fetch tokenizer.model and tokenizer_config.json of the checkpoint again"
     )
+
+
+def resampler_weights(state: Weights, source: str, projects: bool = True) -> dict[str, torch.Tensor]:
+    """Weights of either resampler by our names, from those of the published class, which joins three projections.
+
+    Its fixed `pos_embed` is computed here, and its keys' bias has no effect. projects: whether it projects before and
+    behind the attention, as LLaVA-UHD's does and SliME's does not. Raises WeightsError for missing ones.
+    """
+    names = {
+        "query": "query", "attn.out_proj.weight": "out_proj.weight", "attn.out_proj.bias": "out_proj.bias",
+    }  # fmt: skip
+    if projects:
+        names["kv_proj.weight"] = "input_proj.weight"
+    for theirs, ours in (("ln_q", "query_norm"), ("ln_kv", "input_norm"), ("ln_post", "output_norm")):
+        names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
+    wanted = {*names, "attn.in_proj_weight", "attn.in_proj_bias", *(["proj"] if projects else [])}
+    if missing := sorted(wanted - state.keys()):
+        raise WeightsError(f"weights in '{source}' lack {missing} of the resampler: fetch the folder again")
+    found = {ours: state[theirs] for theirs, ours in names.items()}
+    if projects:
+        found["output_proj.weight"] = state["proj"].T.contiguous()
+    weights, biases = state["attn.in_proj_weight"].chunk(3), state["attn.in_proj_bias"].chunk(3)
+    for name, weight in zip(("q_proj", "k_proj", "v_proj"), weights, strict=True):
+        found[f"{name}.weight"] = weight.clone()
+    found |= {"q_proj.bias": biases[0].clone(), "v_proj.bias": biases[2].clone()}
+    return found

@@ -384,8 +384,8 @@ def hidden_from(attention_mask: torch.Tensor | None, valid: torch.Tensor, cache:
         attention_mask = torch.ones(len(valid), past + valid.shape[1], dtype=torch.long, device=valid.device)
     if attention_mask.ndim != 2:
         raise ValueError(
-            f"a selector drops tokens from a mask [B, T], and attention_mask is {tuple(attention_mask.shape)}: give one "
-            "of two dimensions"
+            f"a selector drops tokens from a mask [B, T], and attention_mask is {tuple(attention_mask.shape)}: give "
+            "one of two dimensions"
         )
     past = attention_mask.shape[1] - valid.shape[1]
     return torch.cat([attention_mask[:, :past], attention_mask[:, past:] * valid.to(attention_mask)], dim=1)

@@ -17,7 +17,7 @@ from moe_vision.experts import EXPERTS
 from moe_vision.experts.weights import load_state
 from moe_vision.fusion import ADAPTERS, Adapter
 from moe_vision.fusion.perceiver import sincos_positions
-from moe_vision.interop.llava_uhd import resampler_weights
+from moe_vision.interop.checkpoint import resampler_weights
 from moe_vision.modeling import MoeVisionConfig, MoeVisionForConditionalGeneration, MoeVisionVisionConfig
 from moe_vision.modeling.image_processing_moe_vision import join_views
 from moe_vision.types import TokenShape, VisualTokens

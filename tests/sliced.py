@@ -65,6 +65,27 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
         },
         "slicing": {"type": "slime", "tile_size": 64, "max_tiles": 3},
     },
+    "slime, its own adapters and a selector": {
+        "experts": {"clip": FIXED},
+        "branches": {
+            "overview": {"mixer": FREE, "adapter": {"type": "gated_mixture", "num_heads": 2, "noise": False}},
+            "slices": {
+                "mixer": FREE,
+                "adapter": {"type": "query_compressor", "num_queries": 4, "num_heads": 2, "projector": "overview"},
+            },
+            "selector": {"type": "similarity", "top_k": 5, "projection_size": 16},
+        },
+        "slicing": {"type": "slime", "tile_size": 64, "max_tiles": 3},
+    },
+    "uhd, a selector by share": {
+        "experts": {"clip": NATIVE},
+        "branches": {
+            "shared": True,
+            "overview": {"mixer": FREE, "adapter": QUERIES},
+            "selector": {"type": "similarity", "top_p": 0.5, "reduce": "mean", "projection_size": 16, "text": "all"},
+        },
+        "slicing": UHD,
+    },
 }
 SIZES = [(90, 140), (200, 64), (64, 64)]
 

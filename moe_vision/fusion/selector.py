@@ -281,5 +281,6 @@ def published_nucleus(shares: torch.Tensor, top_p: float) -> torch.Tensor:
     if top_p >= 1:
         return torch.ones_like(shares, dtype=torch.bool)
     ordered = shares.sort(descending=True)
-    count = int((ordered.values.cumsum(-1) <= top_p).sum()) + 1
-    return torch.zeros_like(shares, dtype=torch.bool).index_fill(0, ordered.indices[:count], True)
+    count = (ordered.values.cumsum(-1) <= top_p).sum() + 1
+    wanted = torch.arange(len(shares), device=shares.device) < count
+    return torch.zeros_like(wanted).scatter(0, ordered.indices, wanted)

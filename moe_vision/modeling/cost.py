@@ -42,7 +42,8 @@ class PartCost:
 @dataclass(frozen=True)
 class CostTable:
     """Costs of every part of a composition for one image. visual_tokens: as the language model sees them, markers
-    included. size: of the image, where the cost depends on it.
+    included and without what a selector drops; where that depends on the picture, as if it dropped none. size: of the
+    image, where the cost depends on it.
     """
 
     parts: list[PartCost]
@@ -99,26 +100,38 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
         parts += fusion_costs(vision, views, width)
         if learnt := vision.policy().learnt_markers():
             parts.append(PartCost("markers", ", ".join(learnt), None, None, width, len(learnt) * width, 0))
+        visual_tokens = plan.num_tokens
+        if (selector := vision.selector_config()) is not None:
+            local = sum(plan.local_tokens)
+            kept = selector.kept(local)
+            visual_tokens -= 0 if kept is None else local - kept
+            module = selector.build(width)
+            flops = flops_of(module, torch.empty(local, width), torch.empty(text_tokens, width))
+            keeps = f"{selector.type_name}, {'some' if kept is None else kept} of {local} tokens"
+            parts.append(PartCost("selector", keeps, None, None, width, count(module), flops))
         language_model = AutoModelForCausalLM.from_config(text_config)
-        length = plan.num_tokens + text_tokens
+        length = visual_tokens + text_tokens
         embedded = torch.empty(1, length, width)
         causal = torch.ones(1, 1, length, length, dtype=torch.bool)  # given, since making one reads values
         parts.append(
             PartCost(
-                "language_model", f"{text_config.model_type}, {plan.num_tokens} + {text_tokens} tokens", None, None,
+                "language_model", f"{text_config.model_type}, {visual_tokens} + {text_tokens} tokens", None, None,
                 width, count(language_model),
                 flops_of(language_model, inputs_embeds=embedded, attention_mask=causal, use_cache=False),
             )
         )  # fmt: skip
-    return CostTable(parts, plan.num_tokens, None if config.slicing.one_view else size, len(plan.views))
+    return CostTable(parts, visual_tokens, None if config.slicing.one_view else size, len(plan.views))
 
 
 def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size], int], width: int) -> list[PartCost]:
     """Mixer and adapter of each branch, over all views of an image."""
     mixers, adapters = [], []
+    modules: dict[str, Any] = {
+        branch: vision.adapter(branch).build(vision.mixed_shape(branch), width) for branch in vision.branches
+    }
     for branch in vision.branches:
         mixer = vision.mixer(branch).build(vision.map_shapes(branch))
-        adapter = vision.adapter(branch).build(vision.mixed_shape(branch), width)
+        adapter, projected_by = modules[branch], vision.adapter(branch).projected_by
         mixer_flops = adapter_flops = 0
         sizes = {size: number for (name, size), number in views.items() if name == branch}
         for size, number in sizes.items():
@@ -131,6 +144,8 @@ def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size],
             # All views of a size together, as the model takes them: what depends on no view happens once.
             tokens = VisualTokens(torch.empty(number, mixed.num_tokens, mixed.channels), mixed.grid)
             adapter_flops += flops_of(adapter, tokens)
+            if projected_by is not None:
+                adapter_flops += flops_of(modules[projected_by].projection, adapter(tokens))
         first = next(iter(sizes), None)
         mixed = vision.mixed_shape(branch, first)
         out = vision.adapter(branch).shape(mixed, width)

@@ -5,12 +5,12 @@ After LLaVA-VL/LLaVA-NeXT, llava/mm_utils.py and llava/model/llava_arch.py.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from moe_vision.registry import SLICING
 from moe_vision.slicing.base import SlicingPolicy, TokensOf, check_image_size, square
+from moe_vision.slicing.canvas import best_canvas, centred
 from moe_vision.slicing.plan import Marker, Pad, Plan, PlanError, Resize, Segment, Size, View, slices_of
 
 NEWLINE = Marker("image_newline")
@@ -90,28 +90,6 @@ class AnyresSlicing(SlicingPolicy):
         if len(set(sides.values())) > 1:
             raise ValueError(f"slicing 'anyres' needs equal rasters of the overview and of a tile; this model: {sides}")
         return self.with_tokens("tokens_per_side", sides["slice"])
-
-
-def best_canvas(size: Size, canvases: Iterable[Size]) -> Size:
-    """The canvas that keeps most of the image's pixels, then wastes least, then comes first (LLaVA-NeXT's rule)."""
-    height, width = size
-
-    def merit(canvas: Size) -> tuple[int, int]:
-        scale = min(canvas[1] / width, canvas[0] / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return (kept, kept - canvas[0] * canvas[1])
-
-    return max(canvases, key=merit)
-
-
-def centred(size: Size, canvas: Size) -> tuple[Resize, Pad]:
-    """Steps that fit an image into a canvas, its shape kept, in the middle of black."""
-    scale_down, scale_across = canvas[0] / size[0], canvas[1] / size[1]
-    if scale_across < scale_down:
-        fitted = (min(math.ceil(size[0] * scale_across), canvas[0]), canvas[1])
-    else:
-        fitted = (canvas[0], min(math.ceil(size[1] * scale_down), canvas[1]))
-    return (Resize(fitted), Pad(canvas, ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2)))
 
 
 def unpadded(size: Size, cells: Size) -> tuple[int, int, int, int]:

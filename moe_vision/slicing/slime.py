@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from moe_vision.registry import SLICING
-from moe_vision.slicing.anyres import best_canvas, centred
 from moe_vision.slicing.base import SlicingPolicy, TokensOf, raster
+from moe_vision.slicing.canvas import best_canvas, centred
 from moe_vision.slicing.plan import Marker, Plan, Resize, Segment, Size, View, factor_grids, slices_of
 
 

@@ -11,7 +11,7 @@ from moe_vision.modeling.compose import load, save
 from tests.sliced import COMPOSITIONS, pictures
 from tests.tiny import tiny_model
 
-CHOSEN = ["uhd, other experts for slices", "uhd, cells", "anyres", "native"]
+CHOSEN = ["uhd, other experts for slices", "uhd, cells", "anyres", "native", "slime, its own adapters and a selector"]
 
 
 @pytest.mark.parametrize("name", CHOSEN)

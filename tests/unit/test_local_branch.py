@@ -68,14 +68,15 @@ def test_views_of_a_batch_are_encoded_in_buckets_of_one_size(tiny: Tiny) -> None
     policy, vision = model.model.policy, model.config.vision_config
     plans = [policy.plan(size) for size in SIZES]
     markers = model.model.marker_embeddings()
-    tower, adapters = model.model.vision_tower, model.model.multi_modal_projector
+    tower = model.model.vision_tower
     views = iter(batch["pixel_values"])
     expected = []
     for plan in plans:  # every view alone, without the others' padding
         features = []
         for view in plan.views:
             (height, width), branch = view.size, vision.branch_of(view.role)
-            features.append(adapters[branch](tower(next(views)[None, :, :height, :width], branch)).data[0])
+            mixed = tower(next(views)[None, :, :height, :width], branch)
+            features.append(model.model.adapt(branch, mixed).data[0])
         expected.append(pack(plan, features, markers))
 
     calls: list[int] = []
@@ -146,7 +147,10 @@ def test_cost_counts_the_model_that_is_built(name: str) -> None:
     for size in SIZES:
         table = cost(config, size)
         assert table.parameters == count(model)
-        assert table.visual_tokens == processor.num_image_tokens(size)
+        plan, selector = processor.image_processor.plan(size), config.branches.selector
+        local = sum(plan.local_tokens)
+        kept = local if selector is None else selector.kept(local)
+        assert table.visual_tokens == plan.num_tokens - (0 if kept is None else local - kept)
 
 
 def test_training_batches_hold_views_of_every_size(tiny: Tiny, tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def cosine_sum(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     The published code makes a tensor [L, T, D] of all pairs; a sum of products with one vector is the product with the
     sum of vectors.
     """
-    return F.normalize(tokens, dim=-1) @ F.normalize(text, dim=-1).sum(0)
+    lengths = torch.linalg.vector_norm(tokens, dim=-1).clamp(min=1e-12)
+    return (tokens @ F.normalize(text, dim=-1).sum(0)) / lengths
 
 
 def cosine_mean(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

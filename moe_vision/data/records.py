@@ -5,7 +5,9 @@ A file is a JSON list, or JSON Lines, of `{"id", "image": path or list of paths,
 """
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +153,7 @@ def check_image(path: Path) -> None:
     if path.stat().st_size == 0:
         raise ValueError(f"image '{path}': has zero bytes; fetch it again")
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             width, height = picture.size
     except Image.DecompressionBombError as error:
         raise ValueError(f"image '{path}': is too large to decode safely ({error}); make it smaller") from None
@@ -166,13 +168,28 @@ TURNED = frozenset({5, 6, 7, 8})
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) of a picture as `load_image` gives it, from its header alone. Raises ValueError."""
+    """(height, width) of a picture as `load_image` gives it, without decoding it but for PNG files. Raises
+    ValueError naming the file.
+    """
     path = Path(path)
     check_image(path)
-    with Image.open(path) as picture:
-        width, height = picture.size
-        turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
-    return (width, height) if turned else (height, width)
+    try:
+        with opened(path) as picture:
+            width, height = picture.size
+            # Pillow turns a TIFF's size by itself. A PNG tells its orientation behind its pixels: it is read to there.
+            turns = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in TURNED
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it") from None
+    return (width, height) if turns else (height, width)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture's header. Pillow's warning about large pictures is kept back: what is too large is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
+            yield picture
 
 
 def load_image(path: Path | str) -> Image.Image:
@@ -180,8 +197,8 @@ def load_image(path: Path | str) -> Image.Image:
     path = Path(path)
     check_image(path)
     try:
-        with Image.open(path) as opened:
-            picture = eight_bit(ImageOps.exif_transpose(opened))
+        with opened(path) as header:
+            picture = eight_bit(ImageOps.exif_transpose(header))
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 layered = picture.convert("RGBA")
                 white = Image.new("RGBA", layered.size, "white")

@@ -105,10 +105,10 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
             local = sum(plan.local_tokens)
             kept = selector.kept(local)
             visual_tokens -= 0 if kept is None else local - kept
-            module = selector.build(width)
-            flops = flops_of(module, torch.empty(local, width), torch.empty(text_tokens, width))
+            chooser = selector.build(width)
+            flops = flops_of(chooser, torch.empty(local, width), torch.empty(text_tokens, width))
             keeps = f"{selector.type_name}, {'some' if kept is None else kept} of {local} tokens"
-            parts.append(PartCost("selector", keeps, None, None, width, count(module), flops))
+            parts.append(PartCost("selector", keeps, None, None, width, count(chooser), flops))
         language_model = AutoModelForCausalLM.from_config(text_config)
         length = visual_tokens + text_tokens
         embedded = torch.empty(1, length, width)

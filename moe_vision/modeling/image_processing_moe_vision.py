@@ -87,9 +87,25 @@ class MoeVisionImageProcessor(TorchvisionBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
+LARGEST_BATCH_BYTES = 8_000_000_000
+"""Bytes that a batch of views may take where most of them are padding."""
+
+
 def join_views(views: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Views [..., 3, H, W] of any sizes as one tensor [V, 3, H, W], the smaller with zeros to the right and below."""
+    """Views [..., 3, H, W] of any sizes as one tensor [V, 3, H, W], the smaller with zeros to the right and below.
+
+    Raises ValueError where views of far apart shapes would become a tensor that is nearly all padding.
+    """
     height = max(view.shape[-2] for view in views)
     width = max(view.shape[-1] for view in views)
+    number = sum(view.numel() // (3 * view.shape[-2] * view.shape[-1]) for view in views)
+    size = number * 3 * height * width * views[0].element_size()
+    if size > LARGEST_BATCH_BYTES and size > 4 * sum(view.numel() * view.element_size() for view in views):
+        tallest = max((tuple(view.shape[-2:]) for view in views), key=lambda shape: shape[0])
+        widest = max((tuple(view.shape[-2:]) for view in views), key=lambda shape: shape[1])
+        raise ValueError(
+            f"views of {tallest[0]}x{tallest[1]} and of {widest[0]}x{widest[1]} pixels in one batch would take "
+            f"{size / 1e9:.0f} GB, nearly all padding: put these images into batches of their own"
+        )
     padded = [F.pad(view, (0, width - view.shape[-1], 0, height - view.shape[-2])) for view in views]
     return torch.cat([view.reshape(-1, 3, height, width) for view in padded])

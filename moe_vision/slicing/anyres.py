@@ -10,8 +10,8 @@ from typing import Literal
 
 from moe_vision.registry import SLICING
 from moe_vision.slicing.base import SlicingPolicy, TokensOf, check_image_size, square
-from moe_vision.slicing.canvas import best_canvas, centred
-from moe_vision.slicing.plan import Marker, Pad, Plan, PlanError, Resize, Segment, Size, View, slices_of
+from moe_vision.slicing.canvas import best_canvas, centred, padded
+from moe_vision.slicing.plan import Marker, Plan, PlanError, Resize, Segment, Size, View, slices_of
 
 NEWLINE = Marker("image_newline")
 ENLARGEMENT = 1.1
@@ -44,10 +44,8 @@ class AnyresSlicing(SlicingPolicy):
     def plan_image(self, size: Size, images: int) -> Plan:
         tile, grid = (self.tile_size, self.tile_size), (self.side, self.side)
         if images > 1:
-            longest = max(size)
-            offset = ((longest - size[0]) // 2, (longest - size[1]) // 2)
-            steps = (Pad((longest, longest), offset, self.padding_colour), Resize(tile))
-            return Plan(self.type_name, size, (Segment((View("overview", steps),), (1, 1), grid), NEWLINE))
+            view = View("overview", padded(size, tile, self.padding_colour))
+            return Plan(self.type_name, size, (Segment((view,), (1, 1), grid), NEWLINE))
         canvases = [
             (rows * self.tile_size, columns * self.tile_size)
             for columns in range(1, self.max_grid + 1)

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from moe_vision.registry import SLICING
 from moe_vision.slicing.base import SlicingPolicy, TokensOf
-from moe_vision.slicing.plan import Crop, Pad, Plan, Resize, Segment, Size, Step, View
+from moe_vision.slicing.canvas import padded
+from moe_vision.slicing.plan import Crop, Plan, Resize, Segment, Size, Step, View
 
 
 @SLICING.register("none")
@@ -48,12 +49,7 @@ class NoSlicing(SlicingPolicy):
         if self.fit == "stretch":
             return (Resize(self.canvas),)
         if self.fit == "pad":
-            padded = (
-                max(image_height, round(image_width * height / width)),
-                max(image_width, round(image_height * width / height)),
-            )
-            offset = ((padded[0] - image_height) // 2, (padded[1] - image_width) // 2)
-            return (Pad(padded, offset, self.padding_colour), Resize(self.canvas))
+            return padded(size, self.canvas, self.padding_colour)
         scale = max(height / image_height, width / image_width)
         covering = (max(height, int(image_height * scale)), max(width, int(image_width * scale)))
         offset = ((covering[0] - height) // 2, (covering[1] - width) // 2)

@@ -23,5 +23,10 @@ def policy_of(name: str, settings: Sequence[str] = ()) -> SlicingPolicy:
         raise ValueError(f"slicing policy '{name}': {suggest(name, list(SLICING))}")
     values: dict[str, Any] = {"slicing": {"type": name}}
     for setting in settings:
+        key, equals, _ = setting.partition("=")
+        if not equals:
+            raise ValueError(f"setting '{setting}' of slicing '{name}': write KEY=VALUE, as max_slices=9")
+        if key == "type":
+            raise ValueError(f"setting '{setting}': the policy is '{name}'; choose another by its name")
         values = apply_override(values, f"slicing.{setting}")
     return validate(SlicingConfig, values, source=f"--policy {name}").slicing

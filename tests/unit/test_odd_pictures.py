@@ -15,7 +15,9 @@ from moe_vision.data.collate import views_of
 from moe_vision.data.records import image_size, load_image
 from moe_vision.evaluation import answer
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.slicing import SLICING, PlanError
+from moe_vision.modeling.image_processing_moe_vision import join_views
+from moe_vision.slicing import SLICING, Pad, PlanError, Resize
+from moe_vision.slicing.render import render
 from tests.sliced import COMPOSITIONS
 from tests.tiny import tiny_model
 
@@ -64,13 +66,20 @@ def turned(path: Path) -> Path:
     return path.with_suffix(".jpg")
 
 
+def turned_tiff(path: Path) -> Path:
+    exif = Image.Exif()
+    exif[274] = 6
+    flag().transpose(Image.Transpose.ROTATE_90).save(path.with_suffix(".tif"), exif=exif)
+    return path.with_suffix(".tif")
+
+
 def animated(path: Path) -> Path:
     others = [Image.new("RGB", (SIZE[1], SIZE[0]), colour) for colour in ("black", "white")]
     flag().save(path.with_suffix(".gif"), save_all=True, append_images=others)
     return path.with_suffix(".gif")
 
 
-@pytest.mark.parametrize("write", [cmyk, sixteen_bit, palette, turned, animated])
+@pytest.mark.parametrize("write", [cmyk, sixteen_bit, palette, turned, turned_tiff, animated])
 def test_files_of_every_kind_are_seen_upright_and_in_their_colours(
     write: Callable[[Path], Path], tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -109,6 +118,27 @@ def test_a_strip_and_a_dot(size: tuple[int, int], tiny: Tiny, tmp_path: Path) ->
     assert isinstance(answer(model, processor, "which colour", [path], 2), str)
 
 
+@pytest.mark.parametrize("size", [(60_000, 40), (40, 60_000)])
+def test_a_strip_is_made_smaller_before_it_is_padded(size: tuple[int, int]) -> None:
+    image = torch.full((3, *size), 200, dtype=torch.uint8)
+    for name, canvas in (("none", (336, 336)), ("anyres", (384, 384))):  # the second pads one of several images
+        policy = SLICING[name]()
+        (view,) = policy.plan(size, 2).views
+        assert view.size == canvas and all(a * b < 1e8 for a, b in (step.size for step in view.steps))
+        (pixels,) = render(image, [view])
+        long = size.index(60_000)
+        middle = pixels.select(2 - long, (canvas[0] - 1) // 2)
+        assert pixels.shape == (3, *canvas) and (middle == 200).all() and (pixels == 127).float().mean() > 0.99
+    photo = SLICING["none"]().plan((3000, 4000)).views[0].steps
+    assert [type(step) for step in photo] == [Pad, Resize]  # in the published order
+
+
+def test_views_that_would_be_nearly_all_padding_are_refused() -> None:
+    wide, tall = torch.zeros(1, 1, 1).expand(3, 14, 13_006), torch.zeros(1, 1, 1).expand(3, 11_998, 14)
+    with pytest.raises(ValueError, match=r"views of 11998x14 and of 14x13006 pixels in one batch would take 26 GB"):
+        join_views([wide] * 7 + [tall] * 7)
+
+
 @pytest.mark.parametrize("name", list(SLICING))
 def test_every_policy_plans_the_strip_and_the_dot_or_says_why_not(name: str) -> None:
     policy = SLICING[name]()
@@ -136,6 +166,12 @@ def test_a_truncated_jpeg_is_refused_when_it_is_decoded(tiny: Tiny, tmp_path: Pa
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cut\.jpg': cannot be decoded .*truncated, replace it"):
         views_of([path], tiny[1])
+    plain = tmp_path / "cut.png"
+    Image.effect_noise((200, 200), 80).save(plain)
+    plain.write_bytes(plain.read_bytes()[:9000])
+    for read in (image_size, load_image):
+        with pytest.raises(ValueError, match=r"cut\.png': cannot be decoded .*truncated, replace it"):
+            read(plain)
     path.write_bytes(content[:40])
     with pytest.raises(ValueError, match=r"cut\.jpg': cannot be read as a picture"):
         image_size(path)

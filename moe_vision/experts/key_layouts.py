@@ -122,6 +122,20 @@ LAYOUTS: Mapping[str, tuple[KeyLayout, ...]] = {
     ),
     # After the public prefix `encoder.`, which the library's own encoder has inside too.
     "pix2struct": (KeyLayout("transformers' Pix2StructVisionModel or Eagle"),),
+    "siglip": (
+        KeyLayout(
+            "timm or OryxViT",
+            prefix="vision_tower.",
+            renames=(
+                (r"^pos_embed$", "embeddings.position_embedding.weight"),
+                (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+                (r"^norm\.", "post_layernorm."),
+                *VIT_BLOCK,
+            ),
+            squeeze=("embeddings.position_embedding.weight",),
+            optional=("attn_pool.", "fc_norm.", "head."),
+        ),
+    ),
     "dinov3": (KeyLayout("the Hub", renames=((r"^layer\.", "model.layer."),), optional=("rope_embeddings.",)),),
     "radio": (
         KeyLayout(

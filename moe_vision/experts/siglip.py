@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from moe_vision.experts.base import HALF, Expert, ExpertConfig, ExpertSpec
 from moe_vision.experts.injection import with_injection
-from moe_vision.experts.resolution import resize_positions
+from moe_vision.experts.resolution import PositionFilter, resize_positions
 from moe_vision.registry import EXPERTS
 from moe_vision.types import Injection
 
@@ -49,7 +49,8 @@ def siglip_spec(generation: str, size: str, patch_size: int, trained_at: int) ->
 class SiglipConfig(ExpertConfig):
     """layer: which hidden state to take, counted from the end. final_norm: apply the norm after the last layer to it.
 
-    antialias_positions: of the interpolation of position embeddings.
+    antialias_positions, position_filter: of the interpolation of position embeddings. OryxViT (Liu et al., 2024), whose
+    weights continue SigLIP's, has no final norm and interpolates bilinearly without antialias.
     """
 
     library: ClassVar = SiglipVisionConfig
@@ -64,6 +65,7 @@ class SiglipConfig(ExpertConfig):
     layer: int = -1
     final_norm: bool = True
     antialias_positions: bool = True
+    position_filter: PositionFilter = "bicubic"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +120,7 @@ class SiglipExpert(Expert):
         grid = (patches.shape[2], patches.shape[3])
         side = self.config.native_size[0] // self.config.stride_px
         table = model.embeddings.position_embedding.weight.view(1, side, side, -1)
-        places = resize_positions(table, grid, self.config.antialias_positions)
+        places = resize_positions(table, grid, self.config.antialias_positions, self.config.position_filter)
         tokens = patches.flatten(2).transpose(1, 2) + places.flatten(1, 2)
         if inject is None:
             tokens = model.encoder(inputs_embeds=tokens).last_hidden_state

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from moe_vision.experts import EXPERTS
+from moe_vision.experts.resolution import resize_positions
+from moe_vision.experts.weights import load_state
 from moe_vision.fusion import ADAPTERS, MIXERS
 from moe_vision.modeling.modeling_moe_vision import mix
 from moe_vision.slicing import Marker, Plan, Segment, View
@@ -213,6 +216,57 @@ def test_oryx_tells_begin_rows_and_end() -> None:
     pieces = [piece for _ in frames for piece in (Segment((views[0],), (1, 1), (3, 4), row_end=newline), separator)]
     plan = Plan("oryx", (48, 64), (begin, *pieces, end))
     torch.testing.assert_close(pack(plan, list(frames), markers)[None], values["projector.video.out"], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_oryx_vit_at_native_sizes() -> None:
+    architecture = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "image_size": 128, "patch_size": 16, "hidden_act": "gelu",
+    }  # fmt: skip
+    config = EXPERTS["siglip"](
+        variant="v2_base_patch16_512", pretrained=None, architecture=architecture, sizing="native", final_norm=False,
+        position_filter="bilinear", antialias_positions=False, mean=(0, 0, 0), std=(1, 1, 1),
+    )  # fmt: skip
+    expert = config.build().eval()
+    weights = golden("oryx_compressor", "vit.w.")
+    load_state(expert, weights, "golden")
+    for i, grid in enumerate([(2, 3), (4, 2), (4, 4)]):
+        pixels = golden("oryx_compressor")[f"vit.pack.in{i}"]
+        missing = (-pixels.shape[3] % 16, -pixels.shape[2] % 16)
+        padded = F.pad(pixels, (0, missing[0], 0, missing[1]))  # as its list mode does
+        found = expert.encode(padded)
+        assert found.shape[2:] == grid
+        torch.testing.assert_close(found.flatten(2).transpose(1, 2), golden("oryx_compressor")[f"vit.pack.out{i}"],
+                                   **TOLERANCE)  # fmt: skip
+    table = weights["pos_embed"].unflatten(1, (8, 8))
+    for grid in ((12, 3), (5, 7)):
+        found = resize_positions(table, grid, False, "bilinear").flatten(1, 2)
+        torch.testing.assert_close(found, golden("oryx_compressor")[f"vit.rescale_pos.{grid[0]}x{grid[1]}"])
+
+
+@torch.no_grad()
+def test_radio_crops_its_positions_out_of_a_square() -> None:
+    architecture = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 16, "max_img_size": 256,
+    }  # fmt: skip
+    expert: Any = (
+        EXPERTS["radio"](variant="v4_h", pretrained=None, architecture=architecture, image_size=(256, 256))
+        .build()
+        .eval()
+    )
+    embeddings = expert.model.embeddings
+    values = golden("radio_cpe_pos")
+    (table,) = (p for p in embeddings.parameters() if p.shape == values["pos_embed"].shape)
+    table.copy_(values["pos_embed"])
+    for height, width in ((8, 8), (5, 9), (16, 16), (20, 12)):
+        shape = (height * 16, width * 16)
+        black, prefix = torch.zeros(1, 3, *shape), embeddings(torch.zeros(1, 3, 16, 16)).shape[1] - 1
+        with_positions = embeddings(black)[:, prefix:]
+        table.zero_()
+        without = embeddings(black)[:, prefix:]
+        table.copy_(values["pos_embed"])
+        torch.testing.assert_close(with_positions - without, values[f"pos.{height}x{width}"], **TOLERANCE)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from moe_vision.fusion.base import Mixer
 from moe_vision.fusion.base_expert import BaseExpertConfig, cells
-from moe_vision.fusion.windows import attend, window_of, windows
+from moe_vision.fusion.windows import window_attention, window_of, windows
 from moe_vision.registry import MIXERS
 from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens
 
@@ -71,4 +71,4 @@ class PatchMining(Mixer):
         fine = {name: windows(maps[name].data, grid) for name in self.keys}
         keys = torch.cat([self.keys[name](x) for name, x in fine.items()], dim=2)
         values = torch.cat([self.values[name](x) for name, x in fine.items()], dim=2)
-        return VisualTokens(own + attend(self.query(own), keys, values), grid)
+        return VisualTokens(own + window_attention(self.query(own), keys, values), grid)

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_vision.fusion.base import Adapter, AdapterConfig
 from moe_vision.fusion.mlp import MlpConfig
-from moe_vision.fusion.windows import attend, windows
+from moe_vision.fusion.windows import window_attention, windows
 from moe_vision.registry import ADAPTERS
 from moe_vision.types import TokenShape, VisualTokens
 
@@ -72,4 +72,4 @@ class RegionAttention(Adapter):
         grid = (tokens.grid[0] // side, tokens.grid[1] // side)
         means = F.avg_pool2d(raster, side).flatten(2).transpose(1, 2)
         cells = windows(raster, grid)
-        return VisualTokens(means + attend(self.query(means), self.key(cells), cells), grid)
+        return VisualTokens(means + window_attention(self.query(means), self.key(cells), cells), grid)

@@ -22,6 +22,6 @@ def windows(fine: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def window_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """One head: query [V, n, C] on its own window's keys [V, n, k, C] and values [V, n, k, C'] → [V, n, C']."""
     return F.scaled_dot_product_attention(query[:, :, None], keys, values)[:, :, 0]

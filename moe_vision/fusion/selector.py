@@ -50,9 +50,11 @@ class SelectorConfig:
 
 
 class Selector(nn.Module):
-    """forward: local tokens [L, D] of one image, in their order, and text [T, D] as the language model embeds it."""
+    """forward: local tokens [L, D] of one image, in their order; text [T, D] as the language model embeds it; places
+    [L, 2], where in the image each token lies, down and across, in 0..1.
+    """
 
-    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
 
@@ -76,7 +78,9 @@ class SimilarityConfig(SelectorConfig):
     top_k: tokens that an image keeps. top_p: in its place, the fewest tokens that hold this share of the softmax over
     all scores, and no fewer than min_tokens. reduce: a token's score is that of the word that it is most like (`max`),
     or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel noise on the
-    scores in training, so that tokens are tried that would not be kept. text: whose words.
+    scores in training, so that tokens are tried that would not be kept. places: add to each token a learned embedding
+    of its place in the image, zero at first, because what is dropped takes along what the order of the others said.
+    text: whose words.
     """
 
     top_k: int | None = None
@@ -85,6 +89,7 @@ class SimilarityConfig(SelectorConfig):
     reduce: Literal["mean", "max"] = "max"
     projection_size: int = 256
     noise: float = 1.0
+    places: bool = True
     text: Literal["question", "all"] = "question"
 
     def __post_init__(self) -> None:
@@ -105,6 +110,16 @@ class SimilarityConfig(SelectorConfig):
         return Similarity(self, hidden_size)
 
 
+OCTAVES = (0, 1, 2, 3, 4)
+"""Waves by which a place is told: half of one over the image, a whole one, two, …"""
+
+
+def waves(places: torch.Tensor) -> torch.Tensor:
+    """Places [L, 2] in 0..1 → sines and cosines of each coordinate, [L, 4 * octaves]."""
+    angles = places[:, :, None] * (math.pi * 2.0 ** torch.tensor(OCTAVES, device=places.device))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
 class Similarity(Selector):
     def __init__(self, config: SimilarityConfig, hidden_size: int) -> None:
         super().__init__()
@@ -112,6 +127,7 @@ class Similarity(Selector):
         self.token_proj = nn.Linear(hidden_size, config.projection_size, bias=False)
         self.text_proj = nn.Linear(hidden_size, config.projection_size, bias=False)
         self.log_temperature = nn.Parameter(torch.empty(()))
+        self.place_proj = nn.Linear(4 * len(OCTAVES), hidden_size, bias=False) if config.places else None
         self.draw_weights()
 
     def draw_weights(self) -> None:
@@ -119,8 +135,10 @@ class Similarity(Selector):
         init.normal_(self.token_proj.weight, std=self.config.projection_size**-0.5)
         init.copy_(self.text_proj.weight, self.token_proj.weight)
         init.constant_(self.log_temperature, math.log(0.1))
+        if self.place_proj is not None:
+            init.zeros_(self.place_proj.weight)
 
-    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
         config, scores = self.config, self.scores(tokens, text)
         ranked = scores.detach()
         if self.training and config.noise:
@@ -131,9 +149,12 @@ class Similarity(Selector):
         else:
             assert config.top_p is not None
             keep = nucleus(ranked.softmax(-1), config.top_p, config.min_tokens)
-        if not torch.is_grad_enabled() or bool(keep.all()):
-            return Selection(tokens, keep)
-        return Selection(straight_through(tokens, scores, keep), keep)
+        told = tokens
+        if torch.is_grad_enabled() and not bool(keep.all()):
+            told = straight_through(tokens, scores, keep)
+        if self.place_proj is not None:
+            told = told + self.place_proj(waves(places).to(told.dtype))
+        return Selection(told, keep)
 
     def scores(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """How alike each token [L, D] is to the words [T, D], over the temperature: [L]."""
@@ -179,7 +200,7 @@ class RandomSelector(Selector):
         super().__init__()
         self.config = config
 
-    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
         return Selection(tokens, best(torch.rand(len(tokens), device=tokens.device), self.config.top_k))
 
 
@@ -222,7 +243,7 @@ class PublishedSelector(Selector):
         self.config = config
 
     @torch.no_grad()
-    def forward(self, tokens: torch.Tensor, text: torch.Tensor) -> Selection:
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
         scores = cosine_sum(tokens, text) if self.config.reduce == "sum" else cosine_mean(tokens, text)
         if self.config.double_softmax:
             scores = (scores / 0.5).softmax(-1)

@@ -106,7 +106,7 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
             kept = selector.kept(local)
             visual_tokens -= 0 if kept is None else local - kept
             chooser = selector.build(width)
-            flops = flops_of(chooser, torch.empty(local, width), torch.empty(text_tokens, width))
+            flops = flops_of(chooser, torch.empty(local, width), torch.empty(text_tokens, width), torch.empty(local, 2))
             keeps = f"{selector.type_name}, {'some' if kept is None else kept} of {local} tokens"
             parts.append(PartCost("selector", keeps, None, None, width, count(chooser), flops))
         language_model = AutoModelForCausalLM.from_config(text_config)

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from moe_vision.fusion.base import Mixer
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
 from moe_vision.modeling.turns import question_mask
-from moe_vision.slicing.pack import pack
+from moe_vision.slicing.pack import pack, places
 from moe_vision.slicing.plan import Size
 from moe_vision.types import VisualTokens
 
@@ -156,7 +156,8 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [tokens, D] per image.
 
         `local` is a list with one [tokens] per image, true for the tokens of slices, among which a selector chooses;
-        `gates` holds what each adapter of a mixture contributed, [V, N, adapters] by branch, where there is a mixture.
+        `places` one with [tokens, 2], where in the image each lies, down and across, in 0..1; `gates` holds what each
+        adapter of a mixture contributed, [V, N, adapters] by branch, where there is a mixture.
 
         image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
         slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
@@ -224,7 +225,8 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             packed.append(pack(plan, [encoded[row] for row in range(start, end)], markers))
             start = end
         local = [torch.tensor(plan.local_tokens, device=inputs.device) for plan in plans]
-        found: dict[str, Any] = {"pooler_output": packed, "local": local}
+        where = [places(plan).to(inputs.device) for plan in plans]
+        found: dict[str, Any] = {"pooler_output": packed, "local": local, "places": where}
         return found | ({"gates": {name: torch.cat(parts) for name, parts in gates.items()}} if gates else {})
 
     def mixed(self, inputs: torch.Tensor, branch: str, size: Size) -> VisualTokens:
@@ -252,13 +254,12 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             return tokens, keep
         if encoded.get("local") is None:
             raise ValueError("mm_encoder_outputs does not say which tokens are of slices: take get_image_features' own")
-        local: list[torch.Tensor] = encoded["local"]
         placeholders = self.placeholders(input_ids, inputs_embeds)
         rows = placeholders.nonzero()[:, 0].tolist()
         check_placeholders(len(rows), sum(map(len, tokens)), self.config.image_token_id)
         texts = self.texts(input_ids, placeholders, attention_mask)
         start = 0
-        for i, (image, of_slices) in enumerate(zip(tokens, local, strict=True)):
+        for i, (image, of_slices, where) in enumerate(zip(tokens, encoded["local"], encoded["places"], strict=True)):
             row, start = rows[start], start + len(image)
             if not of_slices.any():
                 continue
@@ -268,7 +269,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
                     f"prompt {row} of the batch has no text that its selector could read (text: {self.reads}): ask a "
                     "question, or take another selector"
                 )
-            selection = self.selector(image[of_slices], text)
+            selection = self.selector(image[of_slices], text, where[of_slices])
             tokens[i] = image.masked_scatter(of_slices[:, None], selection.tokens.to(image))
             keep[i] = keep[i].masked_scatter(of_slices, selection.keep)
         return tokens, keep

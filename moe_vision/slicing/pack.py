@@ -40,3 +40,18 @@ def lay_out(segment: Segment, features: Sequence[torch.Tensor], markers: Mapping
     if segment.row_end is not None:
         x = torch.cat((x, markers[segment.row_end.name].to(x).expand(x.shape[0], 1, -1)), dim=1)
     return x.flatten(0, 1)
+
+
+def places(plan: Plan) -> torch.Tensor:
+    """(down, across) of the middle of what each token shows, as shares of its picture: [num_tokens, 2]; markers: 0."""
+    of_views = []
+    for segment in plan.segments:
+        rows, columns = segment.grid
+        for view in segment.views:
+            top, left, height, width = view.region
+            down = top + height * (torch.arange(rows) + 0.5) / rows
+            across = left + width * (torch.arange(columns) + 0.5) / columns
+            of_views.append(torch.cartesian_prod(down, across))
+    markers = [piece for piece in plan.pieces if isinstance(piece, Marker)]
+    markers += [segment.row_end for segment in plan.segments if segment.row_end is not None]
+    return pack(plan, of_views, {marker.name: torch.zeros(2) for marker in markers})

@@ -59,6 +59,15 @@ class View:
         """(height, width) in pixels."""
         return self.steps[-1].size
 
+    @property
+    def region(self) -> tuple[float, float, float, float]:
+        """(top, left, height, width) of what it shows, as shares of the picture that its last crop was cut from."""
+        last = self.steps[-1]
+        if not isinstance(last, Crop) or len(self.steps) < 2:
+            return (0.0, 0.0, 1.0, 1.0)
+        (height, width), (top, left) = self.steps[-2].size, last.offset
+        return (top / height, left / width, last.size[0] / height, last.size[1] / width)
+
 
 @dataclass(frozen=True)
 class Marker:

@@ -98,7 +98,7 @@ def kept(case: dict[str, Any], double_softmax: bool, monkeypatch: pytest.MonkeyP
     selector = config.build(48).train(case["mode"].startswith("train"))
     noise = values[f"train_noise_seed123_{case['L']}"]
     monkeypatch.setattr(torch, "randn_like", lambda scores: noise)
-    selection = selector(tokens, text)
+    selection = selector(tokens, text, torch.zeros(len(tokens), 2))
     assert torch.equal(selection.tokens, tokens)
     found: list[int] = selection.keep.nonzero()[:, 0].tolist()
     return found

@@ -17,6 +17,8 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.cost import cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.modeling.turns import question_mask, turns_of
+from moe_vision.slicing import SLICING
+from moe_vision.slicing.pack import places
 from moe_vision.training.groups import group_modules, learning_rates, parameter_groups
 from tests.sliced import COMPOSITIONS, FREE, pictures
 from tests.tiny import tiny_model, tiny_tokenizer, tiny_values
@@ -215,7 +217,7 @@ def test_gradient_is_that_of_standing_out() -> None:
     torch.manual_seed(0)
     selector = SELECTORS["similarity"](top_k=2, noise=0.0).build(4).train()
     tokens, text = torch.randn(6, 4), torch.randn(3, 4)
-    selection = selector(tokens, text)
+    selection = selector(tokens, text, torch.rand(6, 2))
     assert torch.equal(selection.tokens, tokens) and selection.keep.sum() == 2
     scores = selector.scores(tokens, text)
     assert selection.keep.nonzero()[:, 0].tolist() == sorted(scores.topk(2).indices.tolist())
@@ -235,18 +237,59 @@ def test_gradient_is_that_of_standing_out() -> None:
 def test_noise_in_training_tries_other_tokens() -> None:
     selector = SELECTORS["similarity"](top_k=3).build(8)
     tokens, text = torch.randn(40, 8), torch.randn(2, 8)
-    kept = {tuple(selector.eval()(tokens, text).keep.nonzero()[:, 0].tolist()) for _ in range(5)}
-    tried = {tuple(selector.train()(tokens, text).keep.nonzero()[:, 0].tolist()) for _ in range(20)}
+    kept = {tuple(selector.eval()(tokens, text, torch.rand(40, 2)).keep.nonzero()[:, 0].tolist()) for _ in range(5)}
+    tried = {tuple(selector.train()(tokens, text, torch.rand(40, 2)).keep.nonzero()[:, 0].tolist()) for _ in range(20)}
     assert len(kept) == 1 and len(tried) > 5
     quiet = SELECTORS["similarity"](top_k=3, noise=0.0).build(8).train()
-    assert len({tuple(quiet(tokens, text).keep.tolist()) for _ in range(5)}) == 1
+    assert len({tuple(quiet(tokens, text, torch.rand(40, 2)).keep.tolist()) for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize("name", list(SLICING))
+def test_every_token_has_a_place(name: str) -> None:
+    plan = SLICING[name]().plan((500, 900))
+    found, local = places(plan), torch.tensor(plan.local_tokens)
+    assert found.shape == (plan.num_tokens, 2) and len(local) == plan.num_tokens
+    assert ((found >= 0) & (found <= 1)).all()
+    if local.any():  # slices cover the picture evenly, whatever order their tokens are in
+        torch.testing.assert_close(found[local].mean(0), torch.tensor([0.5, 0.5]), atol=1e-3, rtol=0)
+
+
+def test_places_of_tiles_and_of_slices_one_by_one() -> None:
+    tiles = SLICING["slime"](tile_size=64, tokens_per_tile=4, tokens_per_overview=1).plan((64, 128))
+    down, across = places(tiles)[torch.tensor(tiles.local_tokens)].T
+    assert tiles.grid == (1, 2)
+    assert down.tolist() == [0.25] * 4 + [0.75] * 4 and across.tolist() == [0.125, 0.375, 0.625, 0.875] * 2
+    slices = SLICING["uhd"](scale_resolution=64, patch_size=16, tokens_per_view=4).plan((64, 128))
+    down, across = places(slices)[torch.tensor(slices.local_tokens)].T
+    assert slices.grid == (1, 2)
+    assert down.tolist() == [0.5] * 8 and across.tolist() == [
+        0.0625,
+        0.1875,
+        0.3125,
+        0.4375,
+        0.5625,
+        0.6875,
+        0.8125,
+        0.9375,
+    ]
+
+
+def test_a_place_is_added_to_what_is_kept() -> None:
+    selector = SELECTORS["similarity"](top_k=2).build(6).eval()
+    tokens, text, where = torch.randn(5, 6), torch.randn(2, 6), torch.rand(5, 2)
+    assert torch.equal(selector(tokens, text, where).tokens, tokens)  # nothing at first
+    torch.nn.init.normal_(selector.place_proj.weight)
+    moved = selector(tokens, text, where)
+    assert not torch.equal(moved.tokens, tokens)
+    assert torch.equal(moved.keep, selector(tokens, text, where.flip(0)).keep)  # where it lies does not choose
+    assert SELECTORS["similarity"](top_k=2, places=False).build(6).place_proj is None
 
 
 def test_random_draws_anew_and_as_many() -> None:
     selector = SELECTORS["random"](top_k=7).build(8)
-    drawn = torch.stack([selector(torch.randn(28, 8), torch.empty(0, 8)).keep for _ in range(400)])
+    drawn = torch.stack([selector(torch.randn(28, 8), torch.empty(0, 8), torch.rand(28, 2)).keep for _ in range(400)])
     assert (drawn.sum(1) == 7).all() and ((drawn.float().mean(0) - 0.25).abs() < 0.1).all()
-    assert selector(torch.randn(3, 8), torch.empty(0, 8)).keep.all()
+    assert selector(torch.randn(3, 8), torch.empty(0, 8), torch.rand(3, 2)).keep.all()
 
 
 def test_the_nucleus_is_the_fewest_that_hold_the_share() -> None:

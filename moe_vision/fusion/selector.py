@@ -58,6 +58,34 @@ class Selector(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
 
+OCTAVES = (0, 1, 2, 3, 4)
+"""Waves by which a place is told: half of one over the image, a whole one, two, …"""
+
+
+def waves(places: torch.Tensor) -> torch.Tensor:
+    """Places [L, 2] in 0..1 → sines and cosines of each coordinate, [L, 4 * octaves]."""
+    angles = places[:, :, None] * (math.pi * 2.0 ** torch.tensor(OCTAVES, device=places.device))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+class Places(nn.Module):
+    """A learned embedding of a token's place in the image, zero at first: what is dropped takes along what the order of
+    the others said of it. forward: tokens [L, D], places [L, 2] → [L, D].
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4 * len(OCTAVES), hidden_size, bias=False)
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        init.zeros_(self.proj.weight)
+
+    def forward(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.proj(waves(places).to(self.proj.weight.dtype))
+        return tokens + embedded
+
+
 def check_budget(name: str, top_k: int | None, top_p: float | None, min_tokens: int = 1) -> None:
     """Raises ValueError unless exactly one of top_k and top_p is given, and in range."""
     if (top_k is None) == (top_p is None):
@@ -79,8 +107,7 @@ class SimilarityConfig(SelectorConfig):
     all scores, and no fewer than min_tokens. reduce: a token's score is that of the word that it is most like (`max`),
     or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel noise on the
     scores in training, so that tokens are tried that would not be kept. places: add to each token a learned embedding
-    of its place in the image, zero at first, because what is dropped takes along what the order of the others said.
-    text: whose words.
+    of its place in the image. text: whose words.
     """
 
     top_k: int | None = None
@@ -110,16 +137,6 @@ class SimilarityConfig(SelectorConfig):
         return Similarity(self, hidden_size)
 
 
-OCTAVES = (0, 1, 2, 3, 4)
-"""Waves by which a place is told: half of one over the image, a whole one, two, …"""
-
-
-def waves(places: torch.Tensor) -> torch.Tensor:
-    """Places [L, 2] in 0..1 → sines and cosines of each coordinate, [L, 4 * octaves]."""
-    angles = places[:, :, None] * (math.pi * 2.0 ** torch.tensor(OCTAVES, device=places.device))
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
 class Similarity(Selector):
     def __init__(self, config: SimilarityConfig, hidden_size: int) -> None:
         super().__init__()
@@ -127,7 +144,7 @@ class Similarity(Selector):
         self.token_proj = nn.Linear(hidden_size, config.projection_size, bias=False)
         self.text_proj = nn.Linear(hidden_size, config.projection_size, bias=False)
         self.log_temperature = nn.Parameter(torch.empty(()))
-        self.place_proj = nn.Linear(4 * len(OCTAVES), hidden_size, bias=False) if config.places else None
+        self.places = Places(hidden_size) if config.places else None
         self.draw_weights()
 
     def draw_weights(self) -> None:
@@ -135,8 +152,6 @@ class Similarity(Selector):
         init.normal_(self.token_proj.weight, std=self.config.projection_size**-0.5)
         init.copy_(self.text_proj.weight, self.token_proj.weight)
         init.constant_(self.log_temperature, math.log(0.1))
-        if self.place_proj is not None:
-            init.zeros_(self.place_proj.weight)
 
     def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
         config, scores = self.config, self.scores(tokens, text)
@@ -152,9 +167,7 @@ class Similarity(Selector):
         told = tokens
         if torch.is_grad_enabled() and not bool(keep.all()):
             told = straight_through(tokens, scores, keep)
-        if self.place_proj is not None:
-            told = told + self.place_proj(waves(places).to(told.dtype))
-        return Selection(told, keep)
+        return Selection(told if self.places is None else self.places(told, places), keep)
 
     def scores(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """How alike each token [L, D] is to the words [T, D], over the temperature: [L]."""
@@ -177,9 +190,13 @@ def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Ten
 @SELECTORS.register("random")
 @dataclass(frozen=True, kw_only=True)
 class RandomConfig(SelectorConfig):
-    """top_k tokens of each image, drawn anew on every call: what a selector that looks has to beat at equal count."""
+    """top_k tokens of each image, drawn anew on every call: what a selector that looks has to beat at equal count.
+
+    places: as `similarity` has it.
+    """
 
     top_k: int
+    places: bool = True
 
     def __post_init__(self) -> None:
         check_budget(self.type_name, self.top_k, None)
@@ -192,16 +209,18 @@ class RandomConfig(SelectorConfig):
         return kept_of(tokens, self.top_k, None)
 
     def build(self, hidden_size: int) -> "RandomSelector":
-        return RandomSelector(self)
+        return RandomSelector(self, hidden_size)
 
 
 class RandomSelector(Selector):
-    def __init__(self, config: RandomConfig) -> None:
+    def __init__(self, config: RandomConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
+        self.places = Places(hidden_size) if config.places else None
 
     def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
-        return Selection(tokens, best(torch.rand(len(tokens), device=tokens.device), self.config.top_k))
+        keep = best(torch.rand(len(tokens), device=tokens.device), self.config.top_k)
+        return Selection(tokens if self.places is None else self.places(tokens, places), keep)
 
 
 @SELECTORS.register("published")

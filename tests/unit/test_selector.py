@@ -278,11 +278,11 @@ def test_a_place_is_added_to_what_is_kept() -> None:
     selector = SELECTORS["similarity"](top_k=2).build(6).eval()
     tokens, text, where = torch.randn(5, 6), torch.randn(2, 6), torch.rand(5, 2)
     assert torch.equal(selector(tokens, text, where).tokens, tokens)  # nothing at first
-    torch.nn.init.normal_(selector.place_proj.weight)
+    torch.nn.init.normal_(selector.places.proj.weight)
     moved = selector(tokens, text, where)
     assert not torch.equal(moved.tokens, tokens)
     assert torch.equal(moved.keep, selector(tokens, text, where.flip(0)).keep)  # where it lies does not choose
-    assert SELECTORS["similarity"](top_k=2, places=False).build(6).place_proj is None
+    assert SELECTORS["similarity"](top_k=2, places=False).build(6).places is None
 
 
 def test_random_draws_anew_and_as_many() -> None:

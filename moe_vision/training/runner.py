@@ -20,12 +20,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
-from moe_vision.data.collate import Collator, ConversationDataset, views_of
+from moe_vision.data.collate import Collator, ConversationDataset
 from moe_vision.data.records import Record, load_records
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
+from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
 from moe_vision.training.schedule import StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
@@ -45,10 +46,18 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return validate(ModelConfig, config.model, source="model")
 
 
-def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: TrainConfig,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    cache: FeatureCache | None = None,
+) -> Path:
     """Train a schedule and return the folder of the finished model; the same call after a kill goes on.
 
-    Raises OutputError, ConfigError, DataError or WeightsError before any step is taken.
+    cache: shares what frozen experts made of pictures with other runs over the same ones. Raises OutputError,
+    ConfigError, DataError or WeightsError before any step is taken.
     """
     console = console or Console()
     composition = model_config(config)
@@ -86,6 +95,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
                 output,
                 config.seed + number,
                 progress,
+                cache,
             )
         finally:
             progress.close()
@@ -111,6 +121,7 @@ def stage_records(stage: StageConfig) -> list[Record]:
 def run_stage(
     stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
     records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
+    cache: FeatureCache | None = None,
 ) -> None:  # fmt: skip
     """Train one stage in place, from its last checkpoint if there is one."""
     folder = output / "runs" / name
@@ -140,14 +151,12 @@ def run_stage(
         disable_tqdm=True,
         report_to="none",
     )
-    features = None
-    if stage.cache_features and not any(group.startswith(("experts.", "mixers")) for group in rates):
-        features = encode_once(cast(Any, model).to(arguments.device), processor, records, stage)
+    known = stage_inputs(cast(Any, model).to(arguments.device), processor, records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,
         args=arguments,
         rates=rates,
-        train_dataset=ConversationDataset(records, processor, features),
+        train_dataset=ConversationDataset(records, processor, known),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
     )
@@ -159,34 +168,6 @@ def run_stage(
         check_keys(Path(checkpoint), model)
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
-
-
-@torch.no_grad()
-def encode_once(
-    model: MoeVisionForConditionalGeneration,
-    processor: MoeVisionProcessor,
-    records: Sequence[Record],
-    stage: StageConfig,
-) -> dict[Path, torch.Tensor] | None:
-    """Mixed tokens [N, C] of every distinct picture; None where pictures are sliced, into views of many sizes, or where
-    they would not fit into the stage's `cache_gb`."""
-    if not model.model.policy.one_view:
-        return None
-    by_path = {path: record for record in records for path in record.images}
-    shape = model.config.vision_config.mixed_shape("overview")
-    if len(by_path) * shape.num_tokens * shape.channels * 4 > stage.cache_gb * 1e9:
-        return None
-    tower = model.model.vision_tower.eval()
-    device = next(tower.parameters()).device
-    features: dict[Path, torch.Tensor] = {}
-    paths = list(by_path)
-    for start in range(0, len(paths), stage.batch_size):
-        chunk = paths[start : start + stage.batch_size]
-        views = torch.cat([views_of((path,), processor)["pixel_values"] for path in chunk])
-        with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):  # as Trainer runs it
-            mixed = tower(views.to(device)).data
-        features |= dict(zip(chunk, mixed.cpu(), strict=True))
-    return features
 
 
 def check_output(output: Path, resolved: str, *, overwrite: bool) -> None:

@@ -1,6 +1,6 @@
 """Tables for the terminal and for reports."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -68,7 +68,7 @@ def stages_table(config: "TrainConfig") -> Table:
         length = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"{stage.max_steps} steps"
         rates = "\n".join(f"{group} ({rate:g})" for group, rate in stage.train.items())
         batch = str(stage.batch_size * stage.gradient_accumulation)
-        table.add_row(name, rates, "(--data)" if stage.data is None else stage.data.path, length, batch)
+        table.add_row(name, rates, "(--data)" if stage.data is None else stage.data.title, length, batch)
     return table
 
 
@@ -84,6 +84,42 @@ def accuracy_table(models: Mapping[str, Mapping[str, float]]) -> Table:
     table.add_section()
     table.add_row("average", *(f"{sum(scores.values()) / len(scores):.3f}" for scores in models.values()))
     return table
+
+
+COMPARED = ("mixer", "accuracy", "tokens", "fusion params", "all params", "FLOPs", "images/s", "tokens/s")
+"""Columns of a comparison."""
+
+
+def plus_minus(value: Mapping[str, Any]) -> str:
+    """Mean and, where there is more than one value, spread."""
+    return f"{value['mean']:.3f}" + ("" if value["spread"] is None else f" ± {value['spread']:.3f}")
+
+
+def compared_row(name: str, values: Mapping[str, Any]) -> list[str]:
+    """One mixer of a comparison's results, in the order of `COMPARED`."""
+    parameters = values["parameters"]
+    return [
+        name, plus_minus(values["accuracy"]), str(values["visual_tokens"]), scaled(parameters["fusion"]),
+        scaled(parameters["all"]), scaled(values["flops"]), f"{values['images_per_second']['mean']:.0f}",
+        f"{values['tokens_per_second']['mean']:.0f}",
+    ]  # fmt: skip
+
+
+def comparison_table(summary: Mapping[str, Any]) -> Table:
+    """Mixers against each other."""
+    seeds = len(summary["seeds"])
+    table = Table(title=f"exact match over {seeds} seed{'s' if seeds > 1 else ''}, FLOPs of one image")
+    for name in COMPARED:
+        table.add_column(name, justify="left" if name == "mixer" else "right", no_wrap=True)
+    for name, values in summary["mixers"].items():
+        table.add_row(*compared_row(name, values))
+    return table
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [list(columns), ["---"] * len(columns), *map(list, rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def micro_table(manifest: Mapping[str, Any]) -> Table:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -14,11 +15,11 @@ def size(pair: tuple[int, int] | None) -> str:
     return "" if pair is None else f"{pair[0]}x{pair[1]}"
 
 
-def scaled(number: float) -> str:
-    """A count with a unit that a person reads: 1.3 G."""
+def scaled(number: float, digits: str = ".2f") -> str:
+    """A count with a unit that a person reads: 1.30 G."""
     for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= factor:
-            return f"{number / factor:.2f}{unit}"
+            return f"{number / factor:{digits}}{unit}"
     return f"{number:.0f}"
 
 
@@ -86,7 +87,7 @@ def accuracy_table(models: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-COMPARED = ("mixer", "accuracy", "tokens", "fusion params", "all params", "FLOPs", "images/s", "tokens/s")
+COMPARED = ("mixer", "accuracy", "tokens", "fusion params", "all params", "FLOPs", "images /s", "tokens /s")
 """Columns of a comparison."""
 
 
@@ -99,8 +100,8 @@ def compared_row(name: str, values: Mapping[str, Any]) -> list[str]:
     """One mixer of a comparison's results, in the order of `COMPARED`."""
     parameters = values["parameters"]
     return [
-        name, plus_minus(values["accuracy"]), str(values["visual_tokens"]), scaled(parameters["fusion"]),
-        scaled(parameters["all"]), scaled(values["flops"]), f"{values['images_per_second']['mean']:.0f}",
+        name, plus_minus(values["accuracy"]), str(values["visual_tokens"]), scaled(parameters["fusion"], ".3g"),
+        scaled(parameters["all"], ".3g"), scaled(values["flops"], ".3g"), f"{values['images_per_second']['mean']:.0f}",
         f"{values['tokens_per_second']['mean']:.0f}",
     ]  # fmt: skip
 
@@ -108,9 +109,10 @@ def compared_row(name: str, values: Mapping[str, Any]) -> list[str]:
 def comparison_table(summary: Mapping[str, Any]) -> Table:
     """Mixers against each other."""
     seeds = len(summary["seeds"])
-    table = Table(title=f"exact match over {seeds} seed{'s' if seeds > 1 else ''}, FLOPs of one image")
+    title = f"exact match over {seeds} seed{'s' if seeds > 1 else ''}, FLOPs of one image"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)  # fits into 80 columns
     for name in COMPARED:
-        table.add_column(name, justify="left" if name == "mixer" else "right", no_wrap=True)
+        table.add_column(name.replace(" ", "\n"), justify="left" if name == "mixer" else "right", no_wrap=True)
     for name, values in summary["mixers"].items():
         table.add_row(*compared_row(name, values))
     return table

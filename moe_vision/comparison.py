@@ -113,8 +113,8 @@ def compare(
             records_of(data, output / "data", config.seed)
     open_output(output, resolved, overwrite=overwrite)
     (output / "runs").mkdir(exist_ok=True)
-    assert config.test is not None  # plan() refused it
-    test = records_of(config.test, output / "data", config.seed)
+    *seen, test = [records_of(data, output / "data", config.seed) for data in data_of(config)]
+    images = [sum(len(record.images) for record in records) / len(records) for records in seen]
     cache = FeatureCache()
     results = []
     runs = [(contender, config.seed + number) for number in range(seeds) for contender in contenders]
@@ -124,7 +124,7 @@ def compare(
         if path.is_file():
             console.print(f"is finished: {path}", highlight=False)
         else:
-            result = run(contender, config, seed, output, test, cache, console)
+            result = run(contender, config, seed, output, test, images, cache, console)
             write_atomically(path, json.dumps(asdict(result), indent=1))
         results.append(RunResult(**json.loads(path.read_text(encoding="utf-8"))))
     summary = json.loads(json.dumps(summarise(contenders, results, config, len(test))))  # as a script will read it
@@ -134,6 +134,7 @@ def compare(
 
 
 def data_of(config: CompareConfig) -> list[DataConfig]:
+    """Of every stage, and of the test."""
     return [data for data in (*(stage.data for stage in config.stages), config.test) if data is not None]
 
 
@@ -170,7 +171,7 @@ def unknown_mixers(config: CompareConfig, names: Sequence[str]) -> list[Problem]
     for name in dict.fromkeys([*names, *config.mixers]):
         settings = config.mixers.get(name, MixerSettings())
         where = f"mixers.{name}" if name in config.mixers else "--mixer"
-        if settings.mixer.get("type", name) not in list(MIXERS) and "type" not in settings.mixer:
+        if name not in list(MIXERS) and "type" not in settings.mixer:
             cure = suggest(name, list(dict.fromkeys([*MIXERS, *config.mixers])))
             problems.append(Problem(where, name, f"unknown mixer '{name}'", cure))
         elif not name.isidentifier():
@@ -227,10 +228,11 @@ def run(
     seed: int,
     output: Path,
     test: Sequence[Record],
+    images: Sequence[float],
     cache: FeatureCache,
     console: Console,
 ) -> RunResult:
-    """Train one mixer from one seed, score it and time it."""
+    """Train one mixer from one seed, score it and time it. images: those of a record, on average, by stage."""
     started = time.perf_counter()
     stages = []
     for stage in contender.stages:
@@ -241,7 +243,7 @@ def run(
     model, processor = load(train(schedule, folder, console=console, cache=cache))
     scores = evaluate(model, processor, test)
     console.print(f"{contender.name}: {scores.average:.3f} of the test questions right", highlight=False)
-    steps, images_per_second = training_speed(folder, schedule)
+    steps, images_per_second = training_speed(folder, schedule, images)
     tokens_per_second = generation_speed(model, processor, test[:TIMED_PROMPTS])
     seconds = time.perf_counter() - started
     return RunResult(
@@ -249,21 +251,18 @@ def run(
     )
 
 
-def training_speed(folder: Path, schedule: TrainConfig) -> tuple[dict[str, int], float]:
+def training_speed(folder: Path, schedule: TrainConfig, images: Sequence[float]) -> tuple[dict[str, int], float]:
     """Steps of each stage, and images a second over all of them, from the median time of a step of each."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps: dict[str, int] = {}
-    images = seconds = 0.0
-    for name, stage in schedule.runs():
+    seen = seconds = 0.0
+    for (name, stage), in_a_record in zip(schedule.runs(), images, strict=True):
         own = [line for line in lines if line["run"] == name]
         steps[stage.name] = max(line["step"] for line in own)
-        assert stage.data is not None
-        records = records_of(stage.data, folder, schedule.seed)
-        in_a_record = sum(len(record.images) for record in records) / len(records)
-        images += steps[stage.name] * stage.batch_size * stage.gradient_accumulation * in_a_record
+        seen += steps[stage.name] * stage.batch_size * stage.gradient_accumulation * in_a_record
         median = statistics.median(line["step_seconds"] for line in own if "step_seconds" in line)
         seconds += steps[stage.name] * median
-    return steps, images / seconds
+    return steps, seen / seconds
 
 
 @torch.inference_mode()

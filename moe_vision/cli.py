@@ -12,10 +12,15 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from moe_vision.training.schedule import DataConfig, TrainConfig
+
+ScheduleT = TypeVar("ScheduleT", bound="TrainConfig")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,10 +115,10 @@ def show(
         return
     if config is None:
         raise ValueError("show needs a config, or --experts: for example `moe-vision show configs/model/micro.yaml`")
-    if is_train_config(config):
-        from moe_vision.training.runner import load_train_config
+    if (schedule := schedule_class(config)) is not None:
+        from moe_vision.training.runner import load_schedule
 
-        train_config = load_train_config(config, overrides or [])
+        train_config = load_schedule(schedule, config, overrides or [])
         if as_json:
             print_json(train_config.model_dump(mode="json"))
         else:
@@ -180,11 +185,20 @@ def plan(
         Console().print(plan_table(planned, slicing.type_name))
 
 
-def is_train_config(path: Path) -> bool:
-    """Whether a YAML file, with its bases, has stages."""
+def schedule_class(path: Path) -> "type[TrainConfig] | None":
+    """What a YAML file with its bases is, if it has stages: a train config, or a comparison's."""
     from moe_vision.config import read_yaml
 
-    return "stages" in read_yaml(path)
+    values = read_yaml(path)
+    if "stages" not in values:
+        return None
+    if "mixers" in values or "test" in values:
+        from moe_vision.comparison import CompareConfig
+
+        return CompareConfig
+    from moe_vision.training.schedule import TrainConfig
+
+    return TrainConfig
 
 
 @app.command()
@@ -206,13 +220,62 @@ def train(
 
     train_config = load_train_config(config, overrides or [])
     if data is not None:
-        from moe_vision.training.schedule import DataConfig
-
-        new = DataConfig(path=str(data.resolve()), image_root=None if image_root is None else str(image_root.resolve()))
-        stages = [stage.model_copy(update={"data": new}) for stage in train_config.stages]
-        train_config = train_config.model_copy(update={"stages": stages})
+        train_config = on_file(train_config, data_config(data, image_root))
     folder = run(train_config, output, overwrite=overwrite, console=Console())
     print(f"model: {folder}")
+
+
+def data_config(path: Path, image_root: Path | None) -> "DataConfig":
+    from moe_vision.training.schedule import DataConfig
+
+    return DataConfig(path=str(path.resolve()), image_root=None if image_root is None else str(image_root.resolve()))
+
+
+def on_file(config: "ScheduleT", data: "DataConfig") -> "ScheduleT":
+    """The same schedule with this data in every stage."""
+    stages = [stage.model_copy(update={"data": data}) for stage in config.stages]
+    return config.model_copy(update={"stages": stages})
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A train config with `mixers` and `test`, in YAML.")],
+    overrides: Overrides = None,
+    mixer: Annotated[
+        str | None, typer.Option(help="Names, as channel_concat,deformable; all of the config's if left out.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many, from the config's seed on.", min=1)] = 3,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the comparison; the same call resumes it.")
+    ] = Path("comparison"),
+    data: Annotated[
+        Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="LLaVA-format JSON or JSONL that is asked afterwards.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder that image paths of --data and --test start from.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train each mixer for the same budget, and print accuracy, tokens, parameters, FLOPs and speed in one table."""
+    from moe_vision.comparison import CompareConfig
+    from moe_vision.comparison import compare as run
+    from moe_vision.training.runner import load_schedule
+    from moe_vision.viz.tables import comparison_table
+
+    compared = load_schedule(CompareConfig, config, overrides or [])
+    if data is not None:
+        compared = on_file(compared, data_config(data, image_root))
+    if test is not None:
+        compared = compared.model_copy(update={"test": data_config(test, image_root)})
+    names = [*compared.mixers] if mixer is None else [name.strip() for name in mixer.split(",")]
+    summary = run(compared, names, seeds, output, overwrite=overwrite, console=Console(stderr=as_json))
+    if as_json:
+        print_json(summary)
+    else:
+        Console().print(comparison_table(summary))
+        print(f"report: {output / 'report.md'}")
 
 
 @app.command("eval")
@@ -292,16 +355,17 @@ def model_folder(path: Path) -> Path:
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(help="model or train")] = "model",
+    kind: Annotated[str, typer.Argument(help="model, train or compare")] = "model",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of printing.")] = None,
 ) -> None:
     """Print the JSON Schema that editors complete and check config files with."""
+    from moe_vision.comparison import CompareConfig
     from moe_vision.config import Config
     from moe_vision.modeling.model_config import ModelConfig
     from moe_vision.registry import suggest
     from moe_vision.training.schedule import TrainConfig
 
-    kinds: dict[str, type[Config]] = {"model": ModelConfig, "train": TrainConfig}
+    kinds: dict[str, type[Config]] = {"model": ModelConfig, "train": TrainConfig, "compare": CompareConfig}
     if kind not in kinds:
         raise ValueError(f"schema of '{kind}': {suggest(kind, list(kinds))}")
     text = json.dumps(kinds[kind].model_json_schema(), indent=2)

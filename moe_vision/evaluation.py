@@ -74,6 +74,7 @@ def generate(
     processor: MoeVisionProcessor,
     prompts: Sequence[tuple[Sequence[Turn], Sequence[Path]]],
     max_new_tokens: int,
+    min_new_tokens: int | None = None,
 ) -> list[str]:
     """Greedy answers to conversations with their pictures. Each distinct picture of the batch is encoded once."""
     texts = [render(processor, [message(turn) for turn in turns], generation=True) for turns, _ in prompts]
@@ -87,7 +88,9 @@ def generate(
         return_tensors="pt",
     ).to(model.device)
     encoded: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, processor, pictures)}} if pictures else {}
-    output: Any = model.generate(**inputs, **encoded, max_new_tokens=max_new_tokens, do_sample=False)
+    output: Any = model.generate(
+        **inputs, **encoded, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, do_sample=False
+    )
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -1,6 +1,7 @@
 """Records → batches: pictures decode in `__getitem__`, so that workers can do it; text is tokenised once, up front."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,20 @@ from moe_vision.modeling.image_processing_moe_vision import join_views
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Tokenised records with their views [V, 3, H, W] and sizes of images.
+    """Tokenised records with what the model takes of their pictures.
 
-    features: mixed tokens [images, N, C] of every distinct picture by its path, where the vision tower is frozen and
-    was run before; pictures are not decoded then.
+    pictures: from the paths of a prompt's pictures to the model's inputs by name; `views_of`, which decodes, if null.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
         processor: MoeVisionProcessor,
-        features: dict[Any, torch.Tensor] | None = None,
+        pictures: Callable[[Sequence[Path]], dict[str, Any]] | None = None,
     ) -> None:
         self.records = list(records)
         self.processor = processor
-        self.features = features
+        self.pictures = pictures or partial(views_of, processor=processor)
         self.texts: list[Tokenised] = [tokenise(record, processor) for record in self.records]
 
     def __len__(self) -> int:
@@ -37,10 +37,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record, text = self.records[index], self.texts[index]
         item: dict[str, Any] = {"input_ids": text.input_ids, "labels": text.labels}
-        if record.images and self.features is not None:
-            item["mixed_tokens"] = torch.stack([self.features[path] for path in record.images])
-        elif record.images:
-            item |= views_of(record.images, self.processor)
+        if record.images:
+            item |= self.pictures(record.images)
         return item
 
 
@@ -52,12 +50,13 @@ def views_of(images: Sequence[Path], processor: MoeVisionProcessor) -> dict[str,
 
 
 class Collator:
-    """Pads a list of items on the right: input_ids, attention_mask, labels [B, T]; views or mixed tokens joined."""
+    """Pads a list of items on the right: input_ids, attention_mask, labels [B, T]; views, or what stands for them, are
+    joined."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         length = max(len(item["input_ids"]) for item in items)
         ids = torch.full((len(items), length), self.pad_token_id)
         labels = torch.full((len(items), length), IGNORED)
@@ -67,8 +66,10 @@ class Collator:
             ids[row, :size] = torch.tensor(item["input_ids"])
             labels[row, :size] = torch.tensor(item["labels"])
             mask[row, :size] = 1
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         for key, join in (("pixel_values", join_views), ("image_sizes", torch.cat), ("mixed_tokens", torch.cat)):
             if parts := [item[key] for item in items if key in item]:
                 batch[key] = join(parts)
+        if maps := [item["feature_maps"] for item in items if "feature_maps" in item]:
+            batch["feature_maps"] = {name: torch.cat([known[name] for known in maps]) for name in maps[0]}
         return batch

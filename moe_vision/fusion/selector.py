@@ -106,7 +106,8 @@ class SimilarityConfig(SelectorConfig):
     top_k: tokens that an image keeps. top_p: in its place, the fewest tokens that hold this share of the softmax over
     all scores, and no fewer than min_tokens. reduce: a token's score is that of the word that it is most like (`max`),
     or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel noise on the
-    scores in training, so that tokens are tried that would not be kept. places: add to each token a learned embedding
+    scores in training, so that tokens are tried that would not be kept. blanks: share of the images in training whose
+    dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed. places: add to each token a learned embedding
     of its place in the image. text: whose words.
     """
 
@@ -116,6 +117,7 @@ class SimilarityConfig(SelectorConfig):
     reduce: Literal["mean", "max"] = "max"
     projection_size: int = 256
     noise: float = 1.0
+    blanks: float = 0.5
     places: bool = True
     text: Literal["question", "all"] = "question"
 
@@ -125,6 +127,8 @@ class SimilarityConfig(SelectorConfig):
             raise ValueError(f"projection_size {self.projection_size} of {self.type_name}: must be at least 1")
         if self.noise < 0:
             raise ValueError(f"noise {self.noise} of {self.type_name}: must be at least 0")
+        if not 0 <= self.blanks <= 1:
+            raise ValueError(f"blanks {self.blanks} of {self.type_name}: is a share, from 0 to 1")
 
     @property
     def reads(self) -> Literal["question", "all", "none"]:
@@ -167,6 +171,8 @@ class Similarity(Selector):
         told = tokens
         if torch.is_grad_enabled() and not bool(keep.all()):
             told = straight_through(tokens, scores, keep)
+            if self.training and torch.rand(()) < config.blanks:
+                keep = torch.ones_like(keep)
         return Selection(told if self.places is None else self.places(told, places), keep)
 
     def scores(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -177,14 +183,15 @@ class Similarity(Selector):
 
 
 def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Tokens [L, D] as they are, with a gradient to the scores [L]: as if each stood between what all tokens have in
-    common and itself, the nearer to itself the higher its score lies above the last that is kept.
+    """Kept tokens [L, D] as they are and the others as the average of all, with a gradient to the scores [L]: as if each
+    stood between that average and itself, the nearer to itself the higher its score lies above the last that is kept.
     """
     kept, dropped = scores.detach()[keep], scores.detach()[~keep]
     middle = (kept.min() + dropped.max()) / 2
     share = torch.sigmoid(scores - middle)[:, None]
-    own = (tokens - tokens.mean(0)).detach()
-    return tokens + (share - share.detach()) * own
+    common = tokens.mean(0)
+    own = (tokens - common).detach()
+    return torch.where(keep[:, None], tokens, common) + (share - share.detach()) * own
 
 
 @SELECTORS.register("random")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.experts.weights import spec_source
+from moe_vision.fusion import Mixer
 from moe_vision.modeling.configuration_moe_vision import MoeVisionVisionConfig
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.slicing import Size
@@ -129,6 +130,7 @@ def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size],
     modules: dict[str, Any] = {
         branch: vision.adapter(branch).build(vision.mixed_shape(branch), width) for branch in vision.branches
     }
+    configs = vision.expert_configs()
     for branch in vision.branches:
         mixer = vision.mixer(branch).build(vision.map_shapes(branch))
         adapter, projected_by = modules[branch], vision.adapter(branch).projected_by
@@ -140,7 +142,7 @@ def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size],
                 name: FeatureMap(torch.empty(number, shape.channels, *shape.grid)) for name, shape in shapes.items()
             }
             mixed = vision.mixed_shape(branch, size)
-            mixer_flops += flops_of(mixer, maps)
+            mixer_flops += flops_of(Injected(mixer, configs), maps)
             # All views of a size together, as the model takes them: what depends on no view happens once.
             tokens = VisualTokens(torch.empty(number, mixed.num_tokens, mixed.channels), mixed.grid)
             adapter_flops += flops_of(adapter, tokens)
@@ -162,6 +164,25 @@ def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size],
             )
         )  # fmt: skip
     return [*mixers, *adapters]
+
+
+class Injected(nn.Module):
+    """A mixer, with what it does between the blocks of an expert, if it does."""
+
+    def __init__(self, mixer: Mixer, experts: Mapping[str, ExpertConfig]) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.blocks = experts[mixer.injected].num_blocks if mixer.injected is not None else None
+
+    def forward(self, maps: dict[str, FeatureMap]) -> VisualTokens:
+        """Maps [V, C, h, w], of which the injected expert's may be of any block → tokens [V, N, C]."""
+        name = self.mixer.injected
+        if name is not None and self.blocks is not None:
+            inject, inner = self.mixer.injection(maps), maps[name].data
+            for done in range(1, self.blocks + 1):
+                inner = inject(done, self.blocks, inner)
+            maps = {**maps, name: FeatureMap(inner)}
+        return self.mixer(maps)
 
 
 @dataclass(frozen=True)

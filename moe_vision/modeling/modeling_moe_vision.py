@@ -22,7 +22,7 @@ from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVis
 from moe_vision.modeling.turns import question_mask
 from moe_vision.slicing.pack import pack, places
 from moe_vision.slicing.plan import Size
-from moe_vision.types import VisualTokens
+from moe_vision.types import FeatureMap, VisualTokens
 
 
 @dataclass
@@ -101,17 +101,42 @@ class MoeVisionTower(nn.Module):
         """Of the first floating parameter: quantised language models leave the tower's as it was."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def forward(self, pixel_values: torch.Tensor, branch: str = "overview") -> VisualTokens:
-        """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None,
+        branch: str = "overview",
+        feature_maps: Mapping[str, torch.Tensor] | None = None,
+    ) -> VisualTokens:
+        """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]. feature_maps: as `mix` takes them."""
         mixer: Any = self.mixers[branch]
-        return mix(
-            {name: self.experts[name] for name in self.branch_experts[branch]}, mixer, pixel_values.to(self.dtype)
-        )
+        views = None if pixel_values is None else pixel_values.to(self.dtype)
+        return mix({name: self.experts[name] for name in self.branch_experts[branch]}, mixer, views, feature_maps)
 
 
-def mix(experts: Mapping[str, nn.Module], mixer: Mixer, views: torch.Tensor) -> VisualTokens:
-    """Views [V, 3, H, W] → VisualTokens [V, N, C]; an expert between whose blocks others speak runs last."""
-    maps = {name: expert(views) for name, expert in experts.items() if name != mixer.injected}
+def mix(
+    experts: Mapping[str, nn.Module],
+    mixer: Mixer,
+    views: torch.Tensor | None,
+    feature_maps: Mapping[str, torch.Tensor] | None = None,
+) -> VisualTokens:
+    """Views [V, 3, H, W] → VisualTokens [V, N, C]; an expert between whose blocks others speak runs last.
+
+    feature_maps: what experts made of the views before, [V, C, h, w] by name; those do not run. Raises ValueError where
+    an expert has to run and there are no views, or where others speak between the blocks of one that has a map.
+    """
+    known = feature_maps or {}
+    running = [name for name in experts if name not in known]
+    if mixer.injected in known:
+        raise ValueError(f"feature_maps has '{mixer.injected}', between whose blocks the others speak: give it pixels")
+    if unknown := [name for name in known if name not in experts]:
+        raise ValueError(f"feature_maps has {unknown}, which are no experts of this branch ({', '.join(experts)})")
+    if running and views is None:
+        raise ValueError(f"experts {running} have no map in feature_maps: give pixel_values too")
+    maps = {
+        name: FeatureMap(known[name]) if name in known else expert(views)
+        for name, expert in experts.items()
+        if name != mixer.injected
+    }
     if mixer.injected is not None:
         maps[mixer.injected] = experts[mixer.injected](views, mixer.injection(maps))
     return mixer(maps)
@@ -151,6 +176,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         image_sizes: torch.Tensor | None = None,
         mixed_tokens: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        feature_maps: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [tokens, D] per image.
@@ -161,21 +187,21 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
 
         image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
         slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
-        place, where all views become as many.
+        place, where all views become as many. feature_maps: likewise what experts made of them, as `mix` takes them,
+        where there is no slicing.
         """
         output = BaseModelOutputWithPooling()
         if not self.policy.one_view:
             views = pixel_values if mixed_tokens is None else mixed_tokens
-            if views is None or image_sizes is None:
+            if views is None or image_sizes is None or feature_maps is not None:
                 raise ValueError(
                     f"slicing '{self.policy.type_name}' needs pixel_values and image_sizes: give both, as this model's "
-                    "processor makes them"
+                    "processor makes them, and nothing in their place"
                 )
             output |= self.encode_sliced(views, image_sizes)
         else:
             if mixed_tokens is None:
-                assert pixel_values is not None
-                mixed = self.vision_tower(pixel_values)
+                mixed = self.vision_tower(pixel_values, feature_maps=feature_maps)
             else:
                 mixed = VisualTokens(mixed_tokens, self.mixed_grid)
             adapted = self.adapt("overview", mixed)
@@ -326,23 +352,28 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mixed_tokens: torch.Tensor | None = None,
+        feature_maps: dict[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeVisionModelOutput:
         """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the views of the batch's images in
         order; image_sizes [images, 3], which slicing needs.
 
-        In place of pixel_values: mixed_tokens [V, N, C], as the vision tower gives them, or mm_encoder_outputs.
+        In place of pixel_values: mixed_tokens [V, N, C], as the vision tower gives them, or mm_encoder_outputs, or
+        feature_maps, [V, C, h, w] by expert; experts that have none there run on pixel_values beside them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if sum(given is not None for given in (pixel_values, mixed_tokens, mm_encoder_outputs)) > 1:
-            raise ValueError("give one of pixel_values, mixed_tokens and mm_encoder_outputs")
+        views = pixel_values if feature_maps is None else feature_maps  # these stand for views, with or without pixels
+        if sum(given is not None for given in (views, mixed_tokens, mm_encoder_outputs)) > 1:
+            raise ValueError("give one of pixel_values (or feature_maps), mixed_tokens and mm_encoder_outputs")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded: Any = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None or mixed_tokens is not None:
-            encoded = self.get_image_features(pixel_values, image_sizes, mixed_tokens, return_dict=True)
+        if pixel_values is not None or mixed_tokens is not None or feature_maps is not None:
+            encoded = self.get_image_features(
+                pixel_values, image_sizes, mixed_tokens, return_dict=True, feature_maps=feature_maps
+            )
         visual_tokens = dropped_mask = None
         if encoded is not None:
             tokens, keep = self.select(encoded, input_ids, inputs_embeds, attention_mask)
@@ -351,8 +382,8 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
                 valid = with_kept(self.placeholders(input_ids, inputs_embeds), keep)
                 attention_mask = dropped_mask = hidden_from(attention_mask, valid, past_key_values)
                 if position_ids is None:  # as if the dropped tokens were not there
-                    places: Any = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-                    position_ids = places[:, -valid.shape[1] :]
+                    counted: Any = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+                    position_ids = counted[:, -valid.shape[1] :]
             inputs_embeds = self.splice(input_ids, inputs_embeds, visual_tokens)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -442,6 +473,7 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mixed_tokens: torch.Tensor | None = None,
+        feature_maps: dict[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeVisionCausalLMOutput:
@@ -456,6 +488,7 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             mixed_tokens=mixed_tokens,
+            feature_maps=feature_maps,
             return_dict=True,
             **kwargs,
         )

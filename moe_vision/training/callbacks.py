@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,21 @@ class FiniteLoss(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Append every log of a run to a JSON Lines file; a resumed run takes back what it is about to repeat."""
+    """Append every log of a run to a JSON Lines file, with the median seconds of a step since the log before; a resumed
+    run takes back what it is about to repeat."""
 
     def __init__(self, path: Path, run: str) -> None:
         self.path, self.run = path, run
+        self.seconds: list[float] = []
+        self.last = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             self.path.write_text(
@@ -89,5 +99,9 @@ class MetricsFile(TrainerCallback):
         return values["run"] != self.run or values["step"] <= step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        values = {"run": self.run, "step": state.global_step, **(logs or {})}
+        if self.seconds:
+            values["step_seconds"] = statistics.median(self.seconds)
+            self.seconds = []
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": self.run, "step": state.global_step, **(logs or {})}) + "\n")
+            file.write(json.dumps(values) + "\n")

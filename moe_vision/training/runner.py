@@ -3,14 +3,15 @@
 OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
 OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
 OUTPUT/model/       the finished model, a Hugging Face folder
+OUTPUT/data/        pictures that the config has drawn
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import yaml
@@ -20,17 +21,19 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
-from moe_vision.data.collate import Collator, ConversationDataset, views_of
-from moe_vision.data.records import Record, load_records
+from moe_vision.data.collate import Collator, ConversationDataset
+from moe_vision.data.records import Record
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
+from moe_vision.training.data import records_of
+from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
-from moe_vision.training.schedule import StageConfig, TrainConfig, resolve_paths
+from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
 
-OWN_NAMES = {"config.yaml", "state.json", "metrics.jsonl", "runs", "model"}
+OWN_NAMES = frozenset({"config.yaml", "state.json", "metrics.jsonl", "runs", "model", "data"})
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
 
 
@@ -45,10 +48,18 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return validate(ModelConfig, config.model, source="model")
 
 
-def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: TrainConfig,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    cache: FeatureCache | None = None,
+) -> Path:
     """Train a schedule and return the folder of the finished model; the same call after a kill goes on.
 
-    Raises OutputError, ConfigError, DataError or WeightsError before any step is taken.
+    cache: shares what frozen experts made of pictures with other runs over the same ones. Raises OutputError,
+    ConfigError, DataError or WeightsError before any step is taken.
     """
     console = console or Console()
     composition = model_config(config)
@@ -57,11 +68,14 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
     if (output / "model").is_dir() and not overwrite:
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
-    records = {name: stage_records(stage) for name, stage in config.runs()}
+    data = {name: stage_data(stage) for name, stage in config.runs()}
+    own = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is None}
     set_seed(config.seed)
     model, processor = compose(composition)
     rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
     finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
+    drawn = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is not None}
+    records = own | drawn
     if finished:
         model, _ = load(output / "runs" / finished[-1] / "done")
         compile_experts(model, composition)
@@ -86,6 +100,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
                 output,
                 config.seed + number,
                 progress,
+                cache,
             )
         finally:
             progress.close()
@@ -100,17 +115,18 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, console
     return output / "model"
 
 
-def stage_records(stage: StageConfig) -> list[Record]:
-    """The records of a stage. Raises DataError, or ConfigError where it has no data."""
+def stage_data(stage: StageConfig) -> DataConfig:
+    """The data of a stage. Raises ConfigError where it has none."""
     if stage.data is None:
         cure = "give --data FILE, or write data: {path: …} into the stage"
         raise ConfigError("train config", [Problem(f"stages.{stage.name}.data", None, "is missing", cure)])
-    return load_records(stage.data.path, stage.data.image_root)
+    return stage.data
 
 
 def run_stage(
     stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
     records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
+    cache: FeatureCache | None = None,
 ) -> None:  # fmt: skip
     """Train one stage in place, from its last checkpoint if there is one."""
     folder = output / "runs" / name
@@ -140,14 +156,12 @@ def run_stage(
         disable_tqdm=True,
         report_to="none",
     )
-    features = None
-    if stage.cache_features and not any(group.startswith(("experts.", "mixers")) for group in rates):
-        features = encode_once(cast(Any, model).to(arguments.device), processor, records, stage)
+    known = stage_inputs(cast(Any, model).to(arguments.device), processor, records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,
         args=arguments,
         rates=rates,
-        train_dataset=ConversationDataset(records, processor, features),
+        train_dataset=ConversationDataset(records, processor, known),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
     )
@@ -161,45 +175,22 @@ def run_stage(
     model.eval()
 
 
-@torch.no_grad()
-def encode_once(
-    model: MoeVisionForConditionalGeneration,
-    processor: MoeVisionProcessor,
-    records: Sequence[Record],
-    stage: StageConfig,
-) -> dict[Path, torch.Tensor] | None:
-    """Mixed tokens [N, C] of every distinct picture; None where pictures are sliced, into views of many sizes, or where
-    they would not fit into the stage's `cache_gb`."""
-    if not model.model.policy.one_view:
-        return None
-    by_path = {path: record for record in records for path in record.images}
-    shape = model.config.vision_config.mixed_shape("overview")
-    if len(by_path) * shape.num_tokens * shape.channels * 4 > stage.cache_gb * 1e9:
-        return None
-    tower = model.model.vision_tower.eval()
-    device = next(tower.parameters()).device
-    features: dict[Path, torch.Tensor] = {}
-    paths = list(by_path)
-    for start in range(0, len(paths), stage.batch_size):
-        chunk = paths[start : start + stage.batch_size]
-        views = torch.cat([views_of((path,), processor)["pixel_values"] for path in chunk])
-        with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):  # as Trainer runs it
-            mixed = tower(views.to(device)).data
-        features |= dict(zip(chunk, mixed.cpu(), strict=True))
-    return features
+def check_output(
+    output: Path, resolved: str, *, overwrite: bool, own: Set[str] = OWN_NAMES, what: str = "a training output"
+) -> None:
+    """Raise OutputError if `output` cannot take a run of this resolved config; changes nothing in it.
 
-
-def check_output(output: Path, resolved: str, *, overwrite: bool) -> None:
-    """Raise OutputError if `output` cannot take a run of this resolved config; changes nothing in it."""
+    own: the names that a folder of its kind holds.
+    """
     nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"output '{output}' cannot be written, because of '{nearest}': choose another --output")
     if not output.exists() or not any(output.iterdir()):
         return
-    foreign = sorted(p.name for p in output.iterdir() if p.name not in OWN_NAMES and not p.name.endswith(".partial"))
+    foreign = sorted(p.name for p in output.iterdir() if p.name not in own and not p.name.endswith(".partial"))
     if foreign or not (output / "config.yaml").is_file():
         found = f"holds {foreign[:3]}" if foreign else "has no config.yaml"
-        raise OutputError(f"output '{output}' exists and is not a training output ({found}): choose another --output")
+        raise OutputError(f"output '{output}' exists and is not {what} ({found}): choose another --output")
     if not overwrite and (output / "config.yaml").read_text(encoding="utf-8") != resolved:
         raise OutputError(f"output '{output}' exists and belongs to another config: choose another --output, or "
                           "--overwrite to start anew")  # fmt: skip
@@ -260,14 +251,22 @@ def inline_model(path: Path) -> dict[str, Any]:
     return values
 
 
+TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
+
+
 def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a train config; paths in it start at its folder. Raises ConfigError."""
+    return load_schedule(TrainConfig, path, overrides)
+
+
+def load_schedule(cls: type[TrainConfigT], path: Path, overrides: Sequence[str] = ()) -> TrainConfigT:
+    """Read a train config, or another with a model and stages; paths in it start at its folder. Raises ConfigError."""
     values = resolve_paths(read_yaml(path), path.resolve().parent)
     if isinstance(values.get("model"), str) and any(override.startswith("model.") for override in overrides):
         values["model"] = inline_model(Path(values["model"]))
     for override in overrides:
         values = apply_override(values, override)
-    config = validate(TrainConfig, values, source=str(path))
+    config = validate(cls, values, source=str(path))
     if isinstance(config.model, str) and not Path(config.model).is_file():
         raise ConfigError(
             str(path), [Problem("model", config.model, "no such file", "give the path of a model config")]

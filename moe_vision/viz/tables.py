@@ -1,8 +1,9 @@
 """Tables for the terminal and for reports."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -14,11 +15,11 @@ def size(pair: tuple[int, int] | None) -> str:
     return "" if pair is None else f"{pair[0]}x{pair[1]}"
 
 
-def scaled(number: float) -> str:
-    """A count with a unit that a person reads: 1.3 G."""
+def scaled(number: float, digits: str = ".2f") -> str:
+    """A count with a unit that a person reads: 1.30 G."""
     for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= factor:
-            return f"{number / factor:.2f}{unit}"
+            return f"{number / factor:{digits}}{unit}"
     return f"{number:.0f}"
 
 
@@ -68,7 +69,7 @@ def stages_table(config: "TrainConfig") -> Table:
         length = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"{stage.max_steps} steps"
         rates = "\n".join(f"{group} ({rate:g})" for group, rate in stage.train.items())
         batch = str(stage.batch_size * stage.gradient_accumulation)
-        table.add_row(name, rates, "(--data)" if stage.data is None else stage.data.path, length, batch)
+        table.add_row(name, rates, "(--data)" if stage.data is None else stage.data.title, length, batch)
     return table
 
 
@@ -84,6 +85,43 @@ def accuracy_table(models: Mapping[str, Mapping[str, float]]) -> Table:
     table.add_section()
     table.add_row("average", *(f"{sum(scores.values()) / len(scores):.3f}" for scores in models.values()))
     return table
+
+
+COMPARED = ("mixer", "accuracy", "tokens", "fusion params", "all params", "FLOPs", "images /s", "tokens /s")
+"""Columns of a comparison."""
+
+
+def plus_minus(value: Mapping[str, Any]) -> str:
+    """Mean and, where there is more than one value, spread."""
+    return f"{value['mean']:.3f}" + ("" if value["spread"] is None else f" ± {value['spread']:.3f}")
+
+
+def compared_row(name: str, values: Mapping[str, Any]) -> list[str]:
+    """One mixer of a comparison's results, in the order of `COMPARED`."""
+    parameters = values["parameters"]
+    return [
+        name, plus_minus(values["accuracy"]), str(values["visual_tokens"]), scaled(parameters["fusion"], ".3g"),
+        scaled(parameters["all"], ".3g"), scaled(values["flops"], ".3g"), f"{values['images_per_second']['mean']:.0f}",
+        f"{values['tokens_per_second']['mean']:.0f}",
+    ]  # fmt: skip
+
+
+def comparison_table(summary: Mapping[str, Any]) -> Table:
+    """Mixers against each other."""
+    seeds = len(summary["seeds"])
+    title = f"exact match over {seeds} seed{'s' if seeds > 1 else ''}, FLOPs of one image"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)  # fits into 80 columns
+    for name in COMPARED:
+        table.add_column(name.replace(" ", "\n"), justify="left" if name == "mixer" else "right", no_wrap=True)
+    for name, values in summary["mixers"].items():
+        table.add_row(*compared_row(name, values))
+    return table
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [list(columns), ["---"] * len(columns), *map(list, rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def micro_table(manifest: Mapping[str, Any]) -> Table:

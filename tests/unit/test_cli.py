@@ -10,7 +10,9 @@ import yaml
 from PIL import Image
 
 from moe_vision import cli
+from moe_vision.viz.tables import COMPARED
 from tests.tiny import tiny_model, tiny_values
+from tests.unit.toy import train_values
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -46,6 +48,35 @@ def test_show_prints_each_part_and_json(monkeypatch, capsys, tmp_path: Path) -> 
 def test_show_of_a_train_config(monkeypatch, capsys) -> None:
     code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "train/micro.yaml")
     assert code == 0 and "01-projector" in out and "adapters" in out
+
+
+def test_show_of_a_comparison(monkeypatch, capsys) -> None:
+    code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "compare/micro.yaml")
+    assert code == 0 and "02-questions" in out and "questions of 1000 scenes, train" in out
+    code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "compare/micro.yaml", "--json")
+    assert code == 0 and json.loads(out)["mixers"]["deformable"]["mixer"] == {"base": "eva02"}
+
+
+def test_compare_prints_one_table_or_only_json(monkeypatch, capsys, tmp_path: Path) -> None:
+    values = train_values(tmp_path, max_steps=1)
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(values))
+    data = values["stages"][0]["data"]["path"]
+    arguments = ["compare", tmp_path / "compare.yaml", "--seeds", 1, "--output", tmp_path / "out", "--test", data]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "--mixer = None: names no mixer" in err
+    code, out, err = run(monkeypatch, capsys, *arguments, "--mixer", "channel_concat", "--json")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "1 of 1: channel_concat, seed 3" in err
+    code, out, _ = run(monkeypatch, capsys, *arguments, "--mixer", "channel_concat")
+    assert code == 0 and "is finished" in out and "report.md" in out
+    lines = out.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "exact match" in line) : -1]
+    assert all(len(line.rstrip()) <= 80 for line in table)
+    rule = next(i for i, line in enumerate(table) if "───" in line)
+    assert set(" ".join(table[:rule]).split()) >= set(" ".join(COMPARED).split())
+    row = next(line for line in table if line.split()[:1] == ["channel_concat"])
+    accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["mixers"]["channel_concat"]["accuracy"]
+    assert row.split()[1:3] == [f"{accuracy['mean']:.3f}", "4"]
 
 
 def test_errors_have_no_traceback_and_exit_2(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -86,7 +117,7 @@ def test_eval_prints_scores(monkeypatch, capsys, folder: Path, scenes: dict[str,
 
 
 def test_schema_is_json_schema(monkeypatch, capsys) -> None:
-    for kind, key in (("model", "experts"), ("train", "stages")):
+    for kind, key in (("model", "experts"), ("train", "stages"), ("compare", "mixers")):
         code, out, _ = run(monkeypatch, capsys, "schema", kind)
         assert code == 0 and key in json.loads(out)["properties"]
     code, _, err = run(monkeypatch, capsys, "schema", "modle")

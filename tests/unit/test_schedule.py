@@ -35,6 +35,14 @@ def values(**stage: Any) -> dict[str, Any]:
         ({"name": "a/b"}, "letters"),
         ({"warm_up": 1}, "unknown key"),
         ({"precision": "fp8"}, "precision"),
+        ({"data": {}}, "path and synthetic; give exactly one"),
+        ({"data": {"path": "d.json", "synthetic": "questions", "scenes": 3}}, "give exactly one"),
+        ({"data": {"synthetic": "questions"}}, "add scenes, as 2000"),
+        ({"data": {"synthetic": "questions", "scenes": 0}}, "greater than or equal to 1"),
+        ({"data": {"synthetic": "answers", "scenes": 3}}, "'captions' or 'questions'"),
+        ({"data": {"synthetic": "captions", "scenes": 3, "split": "val"}}, "write split: train"),
+        ({"data": {"synthetic": "questions", "scenes": 3, "image_root": "d"}}, "image_root is where"),
+        ({"data": {"path": "d.json", "scenes": 3}}, "leave them out"),
     ],
 )
 def test_wrong_values_are_told_with_their_cure(stage: dict[str, Any], said: str) -> None:
@@ -61,6 +69,15 @@ def test_paths_start_at_the_file(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").unlink()
     with pytest.raises(ConfigError, match="no such file"):
         load_train_config(tmp_path / "train.yaml")
+
+
+def test_drawn_data_has_no_path_to_resolve(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("{}")
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values(data={"synthetic": "questions", "scenes": 5})))
+    data = load_train_config(tmp_path / "train.yaml").stages[0].data
+    assert data is not None and (data.path, data.title) == (None, "questions of 5 scenes, train")
+    again = validate(TrainConfig, values(data=data.model_dump()), source="as a run's config.yaml has it")
+    assert again.stages[0].data == data
 
 
 def test_overrides_reach_into_the_model_file() -> None:

@@ -215,10 +215,12 @@ def test_every_parameter_learns(reduce: str) -> None:
 def test_gradient_is_that_of_standing_out() -> None:
     """A score rises where the loss falls if its token stood out more from what all have in common."""
     torch.manual_seed(0)
-    selector = SELECTORS["similarity"](top_k=2, noise=0.0).build(4).train()
+    selector = SELECTORS["similarity"](top_k=2, noise=0.0, blanks=0.0).build(4).train()
     tokens, text = torch.randn(6, 4), torch.randn(3, 4)
     selection = selector(tokens, text, torch.rand(6, 2))
-    assert torch.equal(selection.tokens, tokens) and selection.keep.sum() == 2
+    kept = selection.keep
+    assert kept.sum() == 2 and torch.equal(selection.tokens[kept], tokens[kept])
+    torch.testing.assert_close(selection.tokens[~kept], tokens.mean(0).expand(4, -1))
     scores = selector.scores(tokens, text)
     assert selection.keep.nonzero()[:, 0].tolist() == sorted(scores.topk(2).indices.tolist())
     wanted = torch.randn(6, 4)
@@ -283,6 +285,21 @@ def test_a_place_is_added_to_what_is_kept() -> None:
     assert not torch.equal(moved.tokens, tokens)
     assert torch.equal(moved.keep, selector(tokens, text, where.flip(0)).keep)  # where it lies does not choose
     assert SELECTORS["similarity"](top_k=2, places=False).build(6).places is None
+
+
+def test_blanks_stand_for_what_is_missed() -> None:
+    """In some of training's images the dropped tokens stay, as the average: then a gradient reaches their scores too."""
+    tokens, text, where = torch.randn(12, 8), torch.randn(2, 8), torch.rand(12, 2)
+    selector = SELECTORS["similarity"](top_k=3, noise=0.0, blanks=1.0, places=False).build(8).train()
+    selection = selector(tokens, text, where)
+    assert selection.keep.all()
+    blank = (selection.tokens - tokens.mean(0)).abs().amax(1) < 1e-6
+    assert blank.sum() == 9
+    missed = blank.nonzero()[0, 0]
+    (selection.tokens[missed] * (tokens[missed] - tokens.mean(0))).sum().backward()
+    assert selector.token_proj.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        assert selector.eval()(tokens, text, where).keep.sum() == 3
 
 
 def test_random_draws_anew_and_as_many() -> None:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from moe_vision.config import ConfigError
 from moe_vision.data.records import DataError
+from moe_vision.experts.base import Expert
 from moe_vision.training import runner
 from moe_vision.training.groups import freeze_all_but, learning_rates, optimizer_groups, parameter_groups
 from moe_vision.training.runner import OutputError, check_keys, train
@@ -75,6 +76,54 @@ def test_cached_features_change_nothing(tmp_path: Path) -> None:
     assert_same(plain, small)
     for name, value in plain.items():
         torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_of_frozen_experts_change_nothing_where_mixers_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(name: str, **stage: Any) -> dict[str, torch.Tensor]:
+        values = train_values(tmp_path, max_steps=8, **stage)
+        overview = values["model"]["branches"]["overview"]
+        overview["mixer"] = {"type": "mr_adapter", "base": "clip", "num_adapters": 1, "zero_init": False}
+        values["stages"][0]["train"] |= {"mixers": 1e-3}
+        values["stages"][1]["train"] |= {"mixers": 1e-3}
+        return weights(train(TrainConfig.model_validate(values), tmp_path / name))
+
+    calls: list[str] = []
+    forward = Expert.forward
+
+    def counting(self: Expert, *args: Any) -> Any:
+        calls.append(self.config.type_name)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Expert, "forward", counting)
+    plain = trained("plain", cache_features=False)
+    assert (calls.count("clip"), calls.count("sam")) == (16, 16)  # two stages of eight steps
+    calls.clear()
+    cached = trained("cached", cache_gb=1.0)
+    assert (calls.count("clip"), calls.count("sam")) == (16, 8)  # four batches of two hold all pictures, in each stage
+    for name, value in plain.items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_scenes_are_drawn_once_from_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = train_values(tmp_path, max_steps=2)
+    for stage, synthetic in zip(values["stages"], ("captions", "questions"), strict=True):
+        stage["data"] = {"synthetic": synthetic, "scenes": 3}
+    schedule, output = TrainConfig.model_validate(values), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        kill_at(patched, "02-finetune", 1)
+        with pytest.raises(Killed):
+            train(schedule, output)
+    pictures = sorted((output / "data").rglob("*.png"))
+    assert len(pictures) == 3
+    times = [picture.stat().st_mtime_ns for picture in pictures]
+    train(schedule, output)
+    assert [picture.stat().st_mtime_ns for picture in pictures] == times
+    assert_same(weights(output / "model"), weights(train(schedule, tmp_path / "whole")))
+    other = TrainConfig.model_validate({**values, "seed": 4})
+    train(other, output, overwrite=True)
+    assert pictures[0].read_bytes() != (tmp_path / "whole" / pictures[0].relative_to(output)).read_bytes()
 
 
 def test_only_named_groups_move(tmp_path: Path) -> None:

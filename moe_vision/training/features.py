@@ -1,0 +1,191 @@
+"""What frozen parts made of pictures, kept in memory: each picture goes through them once, not once an epoch.
+
+Where neither experts nor mixers train, mixed tokens [N, C] stand for a picture; where mixers train, the maps [C, h, w]
+of the frozen experts do. An expert that trains, or between whose blocks a mixer speaks, runs in every step, on pixels.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_vision.data.collate import views_of
+from moe_vision.data.records import Record
+from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.training.schedule import StageConfig
+
+PIXELS = "pixel_values"
+
+
+class FeatureCache:
+    """Maps [C, h, w] and pixels [3, H, W] of pictures, by a digest of what makes them and by path.
+
+    Runs over the same pictures may share one: the digest holds the expert's weights, so a map never stands for what
+    another expert would have made.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[Path, torch.Tensor]] = {}
+
+    def of(self, digest: str) -> dict[Path, torch.Tensor]:
+        return self.kept.setdefault(digest, {})
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum(value.nbytes for values in self.kept.values() for value in values.values())
+
+
+@dataclass(frozen=True)
+class KnownPictures:
+    """What a dataset's items carry for the pictures of a prompt.
+
+    mixed_tokens: [N, C] by path, or maps: [C, h, w] by expert and path, with pixels where an expert has to run:
+    [3, H, W] by path, as bytes that `rescale_factor` brings to [0, 1] where no bit is lost by that.
+    """
+
+    mixed_tokens: Mapping[Path, torch.Tensor] | None = None
+    maps: Mapping[str, Mapping[Path, torch.Tensor]] | None = None
+    pixels: Mapping[Path, torch.Tensor] | None = None
+    rescale_factor: float = 1 / 255
+
+    def __call__(self, images: Sequence[Path]) -> dict[str, Any]:
+        """mixed_tokens [images, N, C], or feature_maps [images, C, h, w] by expert and pixel_values."""
+        made: dict[str, Any] = {}
+        if self.mixed_tokens is not None:
+            made["mixed_tokens"] = torch.stack([self.mixed_tokens[path] for path in images])
+        if self.maps is not None:
+            made["feature_maps"] = {n: torch.stack([known[path] for path in images]) for n, known in self.maps.items()}
+        if self.pixels is not None:
+            made[PIXELS] = rescaled(torch.stack([self.pixels[path] for path in images]), self.rescale_factor)
+        return made
+
+
+def stage_inputs(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, records: Sequence[Record],
+    stage: StageConfig, rates: Mapping[str, float], cache: FeatureCache | None = None,
+) -> KnownPictures | None:  # fmt: skip
+    """What stands for the pictures of a stage's records; None where they have to be seen anew in each step: because the
+    stage says so, because they are sliced, into views of many sizes, or because it would not fit into `cache_gb`.
+
+    cache: keeps the maps for further stages and runs, where they fit.
+    """
+    if not stage.cache_features or not model.model.policy.one_view:
+        return None
+    paths = sorted({path for record in records for path in record.images})
+    if any(group == "mixers" or group.startswith("experts.") for group in rates):
+        return known_maps(model, processor, paths, stage, rates, FeatureCache() if cache is None else cache)
+    shape = model.config.vision_config.mixed_shape("overview")
+    mixed_bytes = len(paths) * shape.num_tokens * shape.channels * 4
+    if mixed_bytes > stage.cache_gb * 1e9:
+        return None
+    known = None
+    if cache is not None:
+        known = known_maps(model, processor, paths, stage, rates, cache, beside=mixed_bytes)
+    return KnownPictures(mixed_tokens=mixed_once(model, processor, paths, stage, known))
+
+
+def known_maps(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path], stage: StageConfig,
+    rates: Mapping[str, float], cache: FeatureCache, beside: int = 0,
+) -> KnownPictures | None:  # fmt: skip
+    """Maps of every expert that may run beforehand, and pixels for the others; None if none may, or if they do not fit
+    into `cache_gb`, with so many bytes beside them."""
+    vision, tower = model.config.vision_config, model.model.vision_tower
+    injected: Any = tower.mixers["overview"].injected
+    names = vision.branch_experts("overview")
+    frozen = [name for name in names if f"experts.{name}" not in rates and name != injected]
+    if not frozen:
+        return None
+    canvas = {key: value for key, value in vision.slicing.items() if not key.startswith("tokens_per")}
+    configs, shapes = vision.expert_configs(), vision.map_shapes("overview")
+    stores = {
+        name: cache.of(digest_of(tower.experts[name], (configs[name].to_dict(), canvas, stage.precision)))
+        for name in frozen
+    }
+    sizes = {name: 4 * shapes[name].channels * shapes[name].grid[0] * shapes[name].grid[1] for name in frozen}
+    if len(frozen) < len(names):
+        height, width = vision.canvas_size()
+        stores[PIXELS], sizes[PIXELS] = cache.of(digest_of(None, canvas)), 3 * height * width
+    missing = {name: [path for path in paths if path not in store] for name, store in stores.items()}
+    new = sum(sizes[name] * len(missing[name]) for name in stores)
+    if cache.size() + new + beside > stage.cache_gb * 1e9:
+        return None
+    fill(model, processor, stores, missing, stage)
+    factor = processor.image_processor.rescale_factor
+    return KnownPictures(None, {name: stores[name] for name in frozen}, stores.get(PIXELS), factor)
+
+
+@torch.no_grad()
+def fill(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
+    stores: Mapping[str, dict[Path, torch.Tensor]], missing: Mapping[str, Sequence[Path]], stage: StageConfig,
+) -> None:  # fmt: skip
+    """Put what is missing into the stores of maps, by expert, and of pixels."""
+    tower = model.model.vision_tower.eval()
+    factor = processor.image_processor.rescale_factor
+    for chunk in chunks(sorted({path for paths in missing.values() for path in paths}), stage.batch_size):
+        views = pixels_of(chunk, processor)
+        on_device = views.to(next(tower.parameters()).device, tower.dtype)
+        for name, store in stores.items():
+            if all(path in store for path in chunk):
+                continue
+            if name == PIXELS:
+                made = as_bytes(views, factor)
+            else:
+                with autocast(stage, on_device.device):
+                    made = tower.experts[name](on_device).data.cpu()
+            store |= zip(chunk, made, strict=True)
+
+
+@torch.no_grad()
+def mixed_once(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path], stage: StageConfig,
+    known: KnownPictures | None,
+) -> dict[Path, torch.Tensor]:  # fmt: skip
+    """Mixed tokens [N, C] of every picture, from known maps where there are any."""
+    tower = model.model.vision_tower.eval()
+    device = next(tower.parameters()).device
+    mixed: dict[Path, torch.Tensor] = {}
+    for chunk in chunks(paths, stage.batch_size):
+        made: dict[str, Any] = {PIXELS: pixels_of(chunk, processor)} if known is None else known(chunk)
+        views = made[PIXELS].to(device) if PIXELS in made else None
+        maps = {name: value.to(device) for name, value in made.get("feature_maps", {}).items()}
+        with autocast(stage, device):
+            mixed |= zip(chunk, tower(views, feature_maps=maps).data.cpu(), strict=True)
+    return mixed
+
+
+def autocast(stage: StageConfig, device: torch.device) -> torch.autocast:
+    """As Trainer runs the stage."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+
+
+def chunks(paths: Sequence[Path], size: int) -> list[Sequence[Path]]:
+    return [paths[start : start + size] for start in range(0, len(paths), size)]
+
+
+def pixels_of(paths: Sequence[Path], processor: MoeVisionProcessor) -> torch.Tensor:
+    """Views [V, 3, H, W] of pictures that are one view each."""
+    return torch.cat([views_of((path,), processor)[PIXELS] for path in paths])
+
+
+def digest_of(module: torch.nn.Module | None, settings: Any) -> str:
+    """Names what makes features: settings and every weight."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, value in module.state_dict().items() if module is not None else ():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def as_bytes(views: torch.Tensor, factor: float) -> torch.Tensor:
+    """Views [V, 3, H, W] as bytes where `rescaled` gives exactly them back, else as they are."""
+    stored = (views / factor).round().to(torch.uint8)
+    return stored if torch.equal(rescaled(stored, factor), views) else views
+
+
+def rescaled(stored: torch.Tensor, factor: float) -> torch.Tensor:
+    return stored * factor if stored.dtype == torch.uint8 else stored

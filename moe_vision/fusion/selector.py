@@ -107,8 +107,8 @@ class SimilarityConfig(SelectorConfig):
     all scores, and no fewer than min_tokens. reduce: a token's score is that of the word that it is most like (`max`),
     or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel noise on the
     scores in training, so that tokens are tried that would not be kept. blanks: share of the images in training whose
-    dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed. places: add to each token a learned embedding
-    of its place in the image. text: whose words.
+    dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed. places: add to
+    each token a learned embedding of its place in the image. text: whose words.
     """
 
     top_k: int | None = None
@@ -183,8 +183,8 @@ class Similarity(Selector):
 
 
 def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Kept tokens [L, D] as they are and the others as the average of all, with a gradient to the scores [L]: as if each
-    stood between that average and itself, the nearer to itself the higher its score lies above the last that is kept.
+    """Kept tokens [L, D] as they are and the others as the average of all, with a gradient to the scores [L]: as if
+    each stood between that average and itself, the nearer to itself the higher its score lies above the last kept one.
     """
     kept, dropped = scores.detach()[keep], scores.detach()[~keep]
     middle = (kept.min() + dropped.max()) / 2

@@ -242,7 +242,7 @@ def test_noise_in_training_tries_other_tokens() -> None:
     kept = {tuple(selector.eval()(tokens, text, torch.rand(40, 2)).keep.nonzero()[:, 0].tolist()) for _ in range(5)}
     tried = {tuple(selector.train()(tokens, text, torch.rand(40, 2)).keep.nonzero()[:, 0].tolist()) for _ in range(20)}
     assert len(kept) == 1 and len(tried) > 5
-    quiet = SELECTORS["similarity"](top_k=3, noise=0.0).build(8).train()
+    quiet = SELECTORS["similarity"](top_k=3, noise=0.0, blanks=0.0).build(8).train()
     assert len({tuple(quiet(tokens, text, torch.rand(40, 2)).keep.tolist()) for _ in range(5)}) == 1
 
 
@@ -288,7 +288,7 @@ def test_a_place_is_added_to_what_is_kept() -> None:
 
 
 def test_blanks_stand_for_what_is_missed() -> None:
-    """In some of training's images the dropped tokens stay, as the average: then a gradient reaches their scores too."""
+    """In some of training's images the dropped tokens stay, as the average: a gradient reaches their scores too."""
     tokens, text, where = torch.randn(12, 8), torch.randn(2, 8), torch.rand(12, 2)
     selector = SELECTORS["similarity"](top_k=3, noise=0.0, blanks=1.0, places=False).build(8).train()
     selection = selector(tokens, text, where)

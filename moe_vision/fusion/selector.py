@@ -86,16 +86,16 @@ class Places(nn.Module):
         return tokens + embedded
 
 
-def check_budget(name: str, top_k: int | None, top_p: float | None, min_tokens: int = 1) -> None:
-    """Raises ValueError unless exactly one of top_k and top_p is given, and in range."""
+def check_budget(name: str, top_k: int | None, top_p: float | None, min_tokens: int | None = None) -> None:
+    """Raises ValueError unless exactly one of top_k and top_p is given, and in range; min_tokens goes with top_p."""
     if (top_k is None) == (top_p is None):
         raise ValueError(f"top_k {top_k} and top_p {top_p} of {name}: give one of them, a number of tokens or a share")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} of {name}: must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} of {name}: must be above 0 and up to 1")
-    if min_tokens < 1:
-        raise ValueError(f"min_tokens {min_tokens} of {name}: must be at least 1")
+    if min_tokens is not None and (top_k is not None or min_tokens < 1):
+        raise ValueError(f"min_tokens {min_tokens} of {name}: goes with top_p, and must be at least 1")
 
 
 @SELECTORS.register("similarity")
@@ -104,16 +104,16 @@ class SimilarityConfig(SelectorConfig):
     """Tokens that are alike the question's words, in a space that is learnt.
 
     top_k: tokens that an image keeps. top_p: in its place, the fewest tokens that hold this share of the softmax over
-    all scores, and no fewer than min_tokens. reduce: a token's score is that of the word that it is most like (`max`),
-    or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel noise on the
-    scores in training, so that tokens are tried that would not be kept. blanks: share of the images in training whose
-    dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed. places: add to
-    each token a learned embedding of its place in the image. text: whose words.
+    all scores, and no fewer than min_tokens, one if null. reduce: a token's score is that of the word that it is most
+    like (`max`), or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel
+    noise on the scores in training, so that tokens are tried that would not be kept. blanks: share of the images in
+    training whose dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed.
+    places: add to each token a learned embedding of its place in the image. text: whose words.
     """
 
     top_k: int | None = None
     top_p: float | None = None
-    min_tokens: int = 1
+    min_tokens: int | None = None
     reduce: Literal["mean", "max"] = "max"
     projection_size: int = 256
     noise: float = 1.0
@@ -167,7 +167,7 @@ class Similarity(Selector):
             keep = best(ranked, config.top_k)
         else:
             assert config.top_p is not None
-            keep = nucleus(ranked.softmax(-1), config.top_p, config.min_tokens)
+            keep = nucleus(ranked.softmax(-1), config.top_p, config.min_tokens or 1)
         told = tokens
         if torch.is_grad_enabled() and not bool(keep.all()):
             told = straight_through(tokens, scores, keep)

@@ -389,6 +389,12 @@ def test_a_template_without_turns_is_refused() -> None:
         ({"type": "similarity", "top_p": 1.5}, "top_p 1.5 of similarity; must be above 0 and up to 1"),
         ({"type": "similarity", "top_k": 0}, "top_k 0 of similarity; must be at least 1"),
         ({"type": "similarity", "top_k": 4, "reduce": "sum"}, "reduce"),
+        ({"type": "similarity", "top_k": 4, "min_tokens": 2}, "min_tokens 2 of similarity; goes with top_p"),
+        (
+            {"type": "similarity", "top_p": 0.5, "min_tokens": 0},
+            "min_tokens 0 of similarity; goes with top_p, and must",
+        ),
+        ({"type": "similarity", "top_k": 4, "blanks": 2}, "blanks 2.0 of similarity; is a share, from 0 to 1"),
         ({"type": "published", "temperature": 0}, "temperature 0.0 of published; must be above 0"),
         ({"type": "simularity", "top_k": 4}, "did you mean 'similarity'?"),
     ],

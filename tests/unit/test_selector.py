@@ -180,6 +180,21 @@ def test_cost_of_what_is_kept() -> None:
 
 
 @torch.no_grad()
+def test_gates_of_a_mixture_are_there_to_see() -> None:
+    model, processor = tiny(SIMILARITY | {"top_k": 5})
+    gate = model.model.multi_modal_projector["overview"].gate
+    torch.nn.init.normal_(gate)
+    batch = batch_of(processor)
+    gates = model.get_image_features(batch["pixel_values"], batch["image_sizes"], return_dict=True)["gates"]
+    assert list(gates) == ["overview"] and gates["overview"].shape == (4, 16, 2)  # a row for each overview's tokens
+    torch.testing.assert_close(gates["overview"].sum(-1), torch.ones(4, 16), atol=1e-5, rtol=0)
+    assert gates["overview"].std() > 0.1
+    gate.zero_()
+    gates = model.get_image_features(batch["pixel_values"], batch["image_sizes"], return_dict=True)["gates"]
+    torch.testing.assert_close(gates["overview"], torch.full((4, 16, 2), 0.5), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_decoding_by_hand_goes_on_with_the_mask_that_was_returned() -> None:
     model, processor = tiny(SIMILARITY | {"top_k": 5})
     batch = inputs(processor, TEXTS[:1], pictures(SIZES[:1]))

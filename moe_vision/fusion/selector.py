@@ -182,15 +182,18 @@ class Similarity(Selector):
         return alike / self.log_temperature.exp()
 
 
+SLOPE = 0.25
+"""How much of itself a token gains with its score, for the gradient: a sigmoid's slope at its middle, for all tokens. A
+sigmoid itself no longer hears of those that are far from being kept, so that what is dropped once stays so."""
+
+
 def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Kept tokens [L, D] as they are and the others as the average of all, with a gradient to the scores [L]: as if
-    each stood between that average and itself, the nearer to itself the higher its score lies above the last kept one.
+    each stood between that average and itself, the nearer to itself the higher its score.
     """
-    kept, dropped = scores.detach()[keep], scores.detach()[~keep]
-    middle = (kept.min() + dropped.max()) / 2
-    share = torch.sigmoid(scores - middle)[:, None]
     common = tokens.mean(0)
     own = (tokens - common).detach()
+    share = SLOPE * scores[:, None]
     return torch.where(keep[:, None], tokens, common) + (share - share.detach()) * own
 
 

@@ -263,7 +263,8 @@ def test_plan_draws_what_the_model_sees(monkeypatch, capsys, tmp_path: Path) -> 
     [
         (["672x1008", "--policy", "uhdd"], "slicing policy 'uhdd': did you mean 'uhd'?"),
         (["672x1008", "--policy", "uhd", "--set", "max_slice=3"], "did you mean 'max_slices'?"),
-        (["672x1008", "--policy", "uhd", "--set", "max_slices"], "is not key=value"),
+        (["672x1008", "--policy", "uhd", "--set", "max_slices"], "write KEY=VALUE, as max_slices=9"),
+        (["672x1008", "--policy", "uhd", "--set", "type=tiles"], "the policy is 'uhd'; choose another by its name"),
         (["672x1008", "--policy", "uhd", "--set", "max_slices=0"], "max_slices 0 of slicing 'uhd'"),
         (["672y1008", "--policy", "uhd"], "'672y1008' is neither a size (HEIGHTxWIDTH, as 672x1008) nor a picture"),
         (["672x1008"], "either --policy or --config"),

@@ -276,6 +276,7 @@ def test_places_of_tiles_and_of_slices_one_by_one() -> None:
     ]
 
 
+@torch.no_grad()
 def test_a_place_is_added_to_what_is_kept() -> None:
     selector = SELECTORS["similarity"](top_k=2).build(6).eval()
     tokens, text, where = torch.randn(5, 6), torch.randn(2, 6), torch.rand(5, 2)

@@ -158,7 +158,8 @@ class Similarity(Selector):
         init.constant_(self.log_temperature, math.log(0.1))
 
     def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
-        config, scores = self.config, self.scores(tokens, text)
+        # Tokens and words learn from what is said with them, not from being chosen.
+        config, scores = self.config, self.scores(tokens.detach(), text.detach())
         ranked = scores.detach()
         if self.training and config.noise:
             gumbel = -torch.empty_like(ranked).exponential_().log()
@@ -180,9 +181,11 @@ class Similarity(Selector):
         return alike / self.log_temperature.exp()
 
 
-SLOPE = 0.25
-"""How much of itself a token gains with its score, for the gradient: a sigmoid's slope at its middle, for all tokens. A
-sigmoid itself no longer hears of those that are far from being kept."""
+SLOPE = 0.01
+"""How much of itself a token gains with its score, for the gradient. One slope for all tokens: a sigmoid no longer hears
+of those that are far from being kept. A small one: where gradients are clipped together, that of the scores leaves room
+for the others.
+"""
 
 
 def straight_through(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -182,8 +182,8 @@ class Similarity(Selector):
 
 
 SLOPE = 0.01
-"""How much of itself a token gains with its score, for the gradient. One slope for all tokens: a sigmoid no longer hears
-of those that are far from being kept. A small one: where gradients are clipped together, that of the scores leaves room
+"""How much of itself a token gains with its score, for the gradient. One slope for all tokens: a sigmoid no longer
+hears of those far from being kept. A small one: where gradients are clipped together, that of the scores leaves room
 for the others.
 """
 

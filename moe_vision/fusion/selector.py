@@ -106,8 +106,8 @@ class SimilarityConfig(SelectorConfig):
     top_k: tokens that an image keeps. top_p: in its place, the fewest tokens that hold this share of the softmax over
     all scores, and no fewer than min_tokens, one if null. reduce: a token's score is that of the word that it is most
     like (`max`), or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel
-    noise on the scores in training, so that tokens are tried that would not be kept. whole: share of the images in
-    training that keep all their tokens, so that a gradient tells which of them the language model makes use of.
+    noise on the scores in training, so that tokens are tried that would not be kept. blanks: share of the images in
+    training whose dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed.
     places: add to each token a learned embedding of its place in the image. text: whose words.
     """
 
@@ -117,7 +117,7 @@ class SimilarityConfig(SelectorConfig):
     reduce: Literal["mean", "max"] = "max"
     projection_size: int = 256
     noise: float = 1.0
-    whole: float = 0.5
+    blanks: float = 0.5
     places: bool = True
     text: Literal["question", "all"] = "question"
 
@@ -127,8 +127,8 @@ class SimilarityConfig(SelectorConfig):
             raise ValueError(f"projection_size {self.projection_size} of {self.type_name}: must be at least 1")
         if self.noise < 0:
             raise ValueError(f"noise {self.noise} of {self.type_name}: must be at least 0")
-        if not 0 <= self.whole <= 1:
-            raise ValueError(f"whole {self.whole} of {self.type_name}: is a share, from 0 to 1")
+        if not 0 <= self.blanks <= 1:
+            raise ValueError(f"blanks {self.blanks} of {self.type_name}: is a share, from 0 to 1")
 
     @property
     def reads(self) -> Literal["question", "all", "none"]:
@@ -158,8 +158,7 @@ class Similarity(Selector):
         init.constant_(self.log_temperature, math.log(0.1))
 
     def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
-        # Tokens and words learn from what is said with them, not from being chosen.
-        config, scores = self.config, self.scores(tokens.detach(), text.detach())
+        config, scores = self.config, self.scores(tokens, text)
         ranked = scores.detach()
         if self.training and config.noise:
             gumbel = -torch.empty_like(ranked).exponential_().log()
@@ -169,9 +168,11 @@ class Similarity(Selector):
         else:
             assert config.top_p is not None
             keep = nucleus(ranked.softmax(-1), config.top_p, config.min_tokens or 1)
-        if self.training and torch.rand(()) < config.whole:
-            keep = torch.ones_like(keep)
-        told = straight_through(tokens, scores) if torch.is_grad_enabled() else tokens
+        told = tokens
+        if torch.is_grad_enabled() and not bool(keep.all()):
+            told = straight_through(tokens, scores, keep)
+            if self.training and torch.rand(()) < config.blanks:
+                keep = torch.ones_like(keep)
         return Selection(told if self.places is None else self.places(told, places), keep)
 
     def scores(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -181,20 +182,19 @@ class Similarity(Selector):
         return alike / self.log_temperature.exp()
 
 
-SLOPE = 0.01
-"""How much of itself a token gains with its score, for the gradient. One slope for all tokens: a sigmoid no longer
-hears of those far from being kept. A small one: where gradients are clipped together, that of the scores leaves room
-for the others.
-"""
+SLOPE = 0.25
+"""How much of itself a token gains with its score, for the gradient: a sigmoid's slope at its middle, for all tokens. A
+sigmoid itself no longer hears of those that are far from being kept, so that what is dropped once stays so."""
 
 
-def straight_through(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Tokens [L, D] as they are, with a gradient to the scores [L]: as if each stood between the average of all and
-    itself, the nearer to itself the higher its score.
+def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Kept tokens [L, D] as they are and the others as the average of all, with a gradient to the scores [L]: as if
+    each stood between that average and itself, the nearer to itself the higher its score.
     """
-    own = (tokens - tokens.mean(0)).detach()
+    common = tokens.mean(0)
+    own = (tokens - common).detach()
     share = SLOPE * scores[:, None]
-    return tokens + (share - share.detach()) * own
+    return torch.where(keep[:, None], tokens, common) + (share - share.detach()) * own
 
 
 @SELECTORS.register("random")

@@ -112,9 +112,11 @@ def encode(
     )
     views, sizes = inputs["pixel_values"].to(model.device), inputs["image_sizes"].to(model.device)
     encoded: Any = model.get_image_features(views, sizes, return_dict=True)
-    by_picture = dict(zip(distinct, encoded.pooler_output, strict=True))
+    rows = [distinct.index(picture) for picture in pictures]
     output = BaseModelOutputWithPooling()
-    output["pooler_output"] = [by_picture[picture] for picture in pictures]
+    for key in ("pooler_output", "local", "places"):  # the latter two where a selector needs them
+        if encoded.get(key) is not None:
+            output[key] = [encoded[key][row] for row in rows]
     return output
 
 

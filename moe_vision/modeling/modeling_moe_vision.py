@@ -181,9 +181,9 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode views [V, 3, H, W]; `pooler_output` is a list with one tensor [tokens, D] per image.
 
-        `local` is a list with one [tokens] per image, true for the tokens of slices, among which a selector chooses;
-        `places` one with [tokens, 2], where in the image each lies, down and across, in 0..1; `gates` holds what each
-        adapter of a mixture contributed, [V, N, adapters] by branch, where there is a mixture.
+        Where there is a selector, `local` is a list with one [tokens] per image, true for the tokens of slices, among
+        which it chooses, and `places` one with [tokens, 2], where in the image each lies, down and across, in 0..1.
+        `gates` holds what each adapter of a mixture contributed, [V, N, adapters] by branch, where there is a mixture.
 
         image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
         slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
@@ -250,9 +250,10 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             end = start + len(plan.views)
             packed.append(pack(plan, [encoded[row] for row in range(start, end)], markers))
             start = end
-        local = [torch.tensor(plan.local_tokens, device=inputs.device) for plan in plans]
-        where = [places(plan).to(inputs.device) for plan in plans]
-        found: dict[str, Any] = {"pooler_output": packed, "local": local, "places": where}
+        found: dict[str, Any] = {"pooler_output": packed}
+        if self.selector is not None:
+            found["local"] = [torch.tensor(plan.local_tokens, device=inputs.device) for plan in plans]
+            found["places"] = [places(plan).to(inputs.device) for plan in plans]
         return found | ({"gates": {name: torch.cat(parts) for name, parts in gates.items()}} if gates else {})
 
     def mixed(self, inputs: torch.Tensor, branch: str, size: Size) -> VisualTokens:

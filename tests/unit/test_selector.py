@@ -1,5 +1,6 @@
 """The selector of local tokens: what it keeps, what the language model sees of it, and what it learns from."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import TextStreamer
 
 from moe_vision.config import ConfigError, validate
 from moe_vision.data.chat import message, render
-from moe_vision.data.records import Turn
+from moe_vision.data.records import Record, Turn
+from moe_vision.evaluation import answer, evaluate
 from moe_vision.fusion import SELECTORS
 from moe_vision.fusion.selector import cosine_max, nucleus
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
@@ -177,6 +179,18 @@ def test_cost_of_what_is_kept() -> None:
     assert (few.visual_tokens, all_of_them.visual_tokens) == (16 + 1 + 5, 16 + 1 + 16)
     assert unknown.visual_tokens == all_of_them.visual_tokens and few.flops < all_of_them.flops
     assert [part.what for part in few.parts if part.part == "selector"] == ["similarity, 5 of 16 tokens"]
+
+
+def test_evaluation_answers_what_generate_does(tmp_path: Path) -> None:
+    model, processor = tiny(SIMILARITY | {"top_k": 5})
+    path = tmp_path / "picture.png"
+    pictures(SIZES[:1])[0].save(path)
+    batch = inputs(processor, TEXTS[:1], pictures(SIZES[:1]))
+    ids = model.generate(**batch, do_sample=False, max_new_tokens=4)[:, batch["input_ids"].shape[1] :]
+    said = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert answer(model, processor, "how many shapes", [path], 4) == said
+    record = Record("1", (path,), (Turn("user", TEXTS[0]), Turn("assistant", said)))
+    assert evaluate(model, processor, [record, record], max_new_tokens=4).average == 1.0
 
 
 @torch.no_grad()
@@ -360,8 +374,8 @@ def test_answers_do_not_choose() -> None:
     model, processor = tiny(SIMILARITY | {"top_k": 4})
     image = pictures(SIZES[:1])
     kept = []
-    for answer in ("red", "blue", "4 7 2"):
-        messages = [message(Turn("user", "<image>read label")), message(Turn("assistant", answer))]
+    for said in ("red", "blue", "4 7 2"):
+        messages = [message(Turn("user", "<image>read label")), message(Turn("assistant", said))]
         text = render(processor, messages)
         batch = dict(processor(text=[text], images=image, add_special_tokens=False, return_tensors="pt"))
         length = (batch["input_ids"] == processor.image_token_id)[0].nonzero().max() + 1

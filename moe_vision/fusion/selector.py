@@ -106,9 +106,9 @@ class SimilarityConfig(SelectorConfig):
     top_k: tokens that an image keeps. top_p: in its place, the fewest tokens that hold this share of the softmax over
     all scores, and no fewer than min_tokens, one if null. reduce: a token's score is that of the word that it is most
     like (`max`), or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel
-    noise on the scores in training, so that tokens are tried that would not be kept. blanks: share of the images in
-    training whose dropped tokens stay, each as the average of all, so that a gradient tells which of them were missed.
-    places: add to each token a learned embedding of its place in the image. text: whose words.
+    noise on the scores in training, so that tokens are tried that would not be kept. soft: share of the images in
+    training in which no token is dropped, but each fades into the average of all as far as its score is low, so that a
+    gradient tells which were missed. places: add to each token a learned embedding of its place in the image. text: whose words.
     """
 
     top_k: int | None = None
@@ -117,7 +117,7 @@ class SimilarityConfig(SelectorConfig):
     reduce: Literal["mean", "max"] = "max"
     projection_size: int = 256
     noise: float = 1.0
-    blanks: float = 0.5
+    soft: float = 0.5
     places: bool = True
     text: Literal["question", "all"] = "question"
 
@@ -127,8 +127,8 @@ class SimilarityConfig(SelectorConfig):
             raise ValueError(f"projection_size {self.projection_size} of {self.type_name}: must be at least 1")
         if self.noise < 0:
             raise ValueError(f"noise {self.noise} of {self.type_name}: must be at least 0")
-        if not 0 <= self.blanks <= 1:
-            raise ValueError(f"blanks {self.blanks} of {self.type_name}: is a share, from 0 to 1")
+        if not 0 <= self.soft <= 1:
+            raise ValueError(f"soft {self.soft} of {self.type_name}: is a share, from 0 to 1")
 
     @property
     def reads(self) -> Literal["question", "all", "none"]:
@@ -159,10 +159,9 @@ class Similarity(Selector):
 
     def forward(self, tokens: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> Selection:
         config, scores = self.config, self.scores(tokens, text)
-        ranked = scores.detach()
         if self.training and config.noise:
-            gumbel = -torch.empty_like(ranked).exponential_().log()
-            ranked = ranked + config.noise * gumbel
+            scores = scores - config.noise * torch.empty_like(scores).exponential_().log()
+        ranked = scores.detach()
         if config.top_k is not None:
             keep = best(ranked, config.top_k)
         else:
@@ -170,9 +169,11 @@ class Similarity(Selector):
             keep = nucleus(ranked.softmax(-1), config.top_p, config.min_tokens or 1)
         told = tokens
         if torch.is_grad_enabled() and not bool(keep.all()):
-            told = straight_through(tokens, scores, keep)
-            if self.training and torch.rand(()) < config.blanks:
-                keep = torch.ones_like(keep)
+            gates = soft_gates(scores, keep)
+            if self.training and torch.rand(()) < config.soft:
+                told, keep = faded(tokens, gates), torch.ones_like(keep)
+            else:
+                told = straight_through(tokens, gates)
         return Selection(told if self.places is None else self.places(told, places), keep)
 
     def scores(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -182,19 +183,22 @@ class Similarity(Selector):
         return alike / self.log_temperature.exp()
 
 
-SLOPE = 0.25
-"""How much of itself a token gains with its score, for the gradient: a sigmoid's slope at its middle, for all tokens. A
-sigmoid itself no longer hears of those that are far from being kept, so that what is dropped once stays so."""
+def soft_gates(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """How far each token is on the kept side, in 0..1: [L]. One half lies midway between the lowest score [L] that is
+    kept and the highest that is not."""
+    edge = (scores[keep].min() + scores[~keep].max()).detach() / 2
+    return (scores - edge).sigmoid()
 
 
-def straight_through(tokens: torch.Tensor, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Kept tokens [L, D] as they are and the others as the average of all, with a gradient to the scores [L]: as if
-    each stood between that average and itself, the nearer to itself the higher its score.
-    """
-    common = tokens.mean(0)
-    own = (tokens - common).detach()
-    share = SLOPE * scores[:, None]
-    return torch.where(keep[:, None], tokens, common) + (share - share.detach()) * own
+def faded(tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Tokens [L, D], each faded into the average of all as far as its gate [L] is shut."""
+    return torch.lerp(tokens.mean(0), tokens, gates[:, None])
+
+
+def straight_through(tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Tokens [L, D] as they are, with the gradient to the gates [L] that `faded` would have."""
+    own = (tokens - tokens.mean(0)).detach()
+    return tokens + (gates - gates.detach())[:, None] * own
 
 
 @SELECTORS.register("random")

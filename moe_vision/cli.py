@@ -96,10 +96,14 @@ def show(
     image_size: Annotated[
         str | None, typer.Option("--size", help="HEIGHTxWIDTH of the image that a sliced model's cost is for.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="LLaVA-format JSON or JSONL that a train config would be given.")
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths of --data start from.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a config builds and costs: experts, grids, tokens, parameters, FLOPs, what each stage trains."""
-    from moe_vision.viz.tables import cost_table, stages_table, summary
+    """Print what a config builds and costs: experts, grids, tokens, parameters, FLOPs; of a train config, every run."""
+    from moe_vision.viz.tables import cost_table, summary
 
     console = Console()
     if experts:
@@ -116,14 +120,12 @@ def show(
     if config is None:
         raise ValueError("show needs a config, or --experts: for example `moe-vision show configs/model/micro.yaml`")
     if (schedule := schedule_class(config)) is not None:
-        from moe_vision.training.runner import load_schedule
-
-        train_config = load_schedule(schedule, config, overrides or [])
-        if as_json:
-            print_json(train_config.model_dump(mode="json"))
-        else:
-            console.print(stages_table(train_config))
+        show_schedule(schedule, config, overrides or [], image_size, data, image_root, console, as_json=as_json)
         return
+    if data is not None:
+        raise ValueError(
+            f"show --data is what a train config would be given, and '{config}' has no stages: leave it out"
+        )
     from moe_vision.config import load_config
     from moe_vision.modeling.cost import SLICED_SIZE, cost
     from moe_vision.modeling.model_config import ModelConfig
@@ -136,6 +138,33 @@ def show(
     else:
         console.print(cost_table(costs))
         console.print(summary(costs), highlight=False)
+
+
+def show_schedule(
+    kind: "type[TrainConfig]", path: Path, overrides: list[str], image_size: str | None, data: Path | None,
+    image_root: Path | None, console: Console, *, as_json: bool,
+) -> None:  # fmt: skip
+    """Print every run of a train config, of a comparison those of each mixer."""
+    from moe_vision.comparison import CompareConfig, schedules
+    from moe_vision.modeling.cost import SLICED_SIZE
+    from moe_vision.training.plan import plan_schedule
+    from moe_vision.training.runner import load_schedule, model_config
+    from moe_vision.viz.plans import parse_size
+    from moe_vision.viz.tables import runs_table
+
+    size = SLICED_SIZE if image_size is None else parse_size(image_size)
+    config = load_schedule(kind, path, overrides)
+    if data is not None:
+        config = on_file(config, data_config(data, image_root))
+    compared = schedules(config) if isinstance(config, CompareConfig) else {path.stem: config}
+    planned = {name: plan_schedule(one, model_config(one), size) for name, one in compared.items()}
+    if as_json:
+        plain = {name: [run.to_dict() for run in runs] for name, runs in planned.items()}
+        print_json({"config": config.model_dump(mode="json"), "runs": plain})
+        return
+    for name, runs in planned.items():
+        console.print(runs_table(runs, f"{name}, seed {config.seed}"))
+    console.print("tokens and FLOPs are estimates; ? where the data is not at hand", highlight=False)
 
 
 @app.command()
@@ -212,6 +241,10 @@ def train(
         Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths of --data start from.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A run that aligns an expert, as [bold]01-prealign-sam[/bold]; repeatable. Do no others."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a schedule, stage by stage. Run it again after a crash and it goes on where it stood."""
@@ -221,8 +254,8 @@ def train(
     train_config = load_train_config(config, overrides or [])
     if data is not None:
         train_config = on_file(train_config, data_config(data, image_root))
-    folder = run(train_config, output, overwrite=overwrite, console=Console())
-    print(f"model: {folder}")
+    folder = run(train_config, output, overwrite=overwrite, console=Console(), only=only or [])
+    print(f"model: {folder}" if folder != output else f"output: {folder}")
 
 
 def data_config(path: Path, image_root: Path | None) -> "DataConfig":

@@ -146,6 +146,10 @@ def plan(config: CompareConfig, names: Sequence[str]) -> list[Contender]:
         cure = f"name some, as --mixer {','.join(sorted(MIXERS))}"
         problems.append(Problem("--mixer", None, "names no mixer, and neither does the config", cure))
     for stage in config.stages:
+        if stage.train is None:
+            kind = "prealign" if stage.prealign is not None else "alternate"
+            cure = "write train: {group: rate}; what else trains differs from mixer to mixer"
+            problems.append(Problem(f"stages.{stage.name}.{kind}", None, "is not compared", cure))
         if stage.data is None:
             cure = "give --data FILE, or write data: {path: …} into the stage"
             problems.append(Problem(f"stages.{stage.name}.data", None, "is missing", cure))
@@ -163,6 +167,12 @@ def plan(config: CompareConfig, names: Sequence[str]) -> list[Contender]:
     if problems:
         raise ConfigError("comparison", problems)
     return contenders
+
+
+def schedules(config: CompareConfig) -> dict[str, TrainConfig]:
+    """What each mixer of the config is trained by. Raises ConfigError with all that is wrong with any."""
+    contenders = plan(config, [*config.mixers])
+    return {c.name: TrainConfig(model=c.model.to_plain(), stages=c.stages, seed=config.seed) for c in contenders}
 
 
 def unknown_mixers(config: CompareConfig, names: Sequence[str]) -> list[Problem]:
@@ -199,11 +209,11 @@ def contender_of(config: CompareConfig, base: Mapping[str, Any], name: str) -> C
     problems = []
     for stage in stages:
         try:
-            learning_rates(skeleton, stage.train)
+            learning_rates(skeleton, stage.rates)
         except ValueError as error:
             cause, _, cure = str(error).removeprefix("train: ").partition(": ")
-            problems.append(Problem(f"stages.{stage.name}.train", list(stage.train), cause, cure))
-        if not stage.train:
+            problems.append(Problem(f"stages.{stage.name}.train", list(stage.rates), cause, cure))
+        if not stage.rates:
             cause, cure = f"trains nothing with '{name}', which has no parameter", "train adapters beside mixers"
             problems.append(Problem(f"stages.{stage.name}.train", ["mixers"], cause, cure))
     if problems:
@@ -219,7 +229,7 @@ def moved_to(problem: Problem, name: str, mixer: Mapping[str, Any]) -> Problem:
 
 
 def without_mixers(stage: StageConfig) -> StageConfig:
-    return stage.model_copy(update={"train": {group: r for group, r in stage.train.items() if group != "mixers"}})
+    return stage.model_copy(update={"train": {group: r for group, r in stage.rates.items() if group != "mixers"}})
 
 
 def run(
@@ -256,8 +266,9 @@ def training_speed(folder: Path, schedule: TrainConfig, images: Sequence[float])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps: dict[str, int] = {}
     seen = seconds = 0.0
-    for (name, stage), in_a_record in zip(schedule.runs(), images, strict=True):
-        own = [line for line in lines if line["run"] == name]
+    for run, in_a_record in zip(schedule.runs([]), images, strict=True):
+        stage = run.stage
+        own = [line for line in lines if line["run"] == run.name]
         steps[stage.name] = max(line["step"] for line in own)
         seen += steps[stage.name] * stage.batch_size * stage.gradient_accumulation * in_a_record
         median = statistics.median(line["step_seconds"] for line in own if "step_seconds" in line)

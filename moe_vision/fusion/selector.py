@@ -108,7 +108,8 @@ class SimilarityConfig(SelectorConfig):
     like (`max`), or the average over all words (`mean`). projection_size: width of the space. noise: size of the Gumbel
     noise on the scores in training, so that tokens are tried that would not be kept. soft: share of the images in
     training in which no token is dropped, but each fades into the average of all as far as its score is low, so that a
-    gradient tells which were missed. places: add to each token a learned embedding of its place in the image. text: whose words.
+    gradient tells which were missed. places: add to each token a learned embedding of its place in the image. text:
+    whose words.
     """
 
     top_k: int | None = None

@@ -1,6 +1,6 @@
 """Parameter groups by name: what a stage trains, what it leaves frozen."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import nn
 
@@ -59,7 +59,7 @@ def learning_rates(model: MoeVisionForConditionalGeneration, train: Mapping[str,
     return rates
 
 
-def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Mapping[str, float]) -> None:
+def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Container[str]) -> None:
     """Let exactly the named finest groups have gradients."""
     for group, members in parameter_groups(model).items():
         for _, parameter in members:

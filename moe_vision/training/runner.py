@@ -1,12 +1,12 @@
 """Run a schedule in an output folder, from the beginning or from where a killed one stood.
 
 OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
-OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
-OUTPUT/model/       the finished model, a Hugging Face folder
+OUTPUT/model/       the finished model             OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
+OUTPUT/experts/     those aligned by themselves
 OUTPUT/data/        pictures that the config has drawn
 """
 
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence, Set
@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from safetensors import safe_open
 from transformers import TrainingArguments, set_seed
@@ -26,14 +27,17 @@ from moe_vision.data.records import Record
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
 from moe_vision.training.data import records_of
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
-from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig, resolve_paths
+from moe_vision.training.prealign import aligned_file, alone, load_aligned, save_expert
+from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
+from moe_vision.training.turns import steps_per_epoch, turns_of
 
-OWN_NAMES = frozenset({"config.yaml", "state.json", "metrics.jsonl", "runs", "model", "data"})
+OWN_NAMES = frozenset({"config.yaml", "metrics.jsonl", "runs", "experts", "model", "data"})
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
 
 
@@ -55,10 +59,12 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
     cache: FeatureCache | None = None,
+    only: Sequence[str] = (),
 ) -> Path:
     """Train a schedule and return the folder of the finished model; the same call after a kill goes on.
 
-    cache: shares what frozen experts made of pictures with other runs over the same ones. Raises OutputError,
+    only: names of runs that each align an expert, to do these and no others: the output is returned then, if others
+    are left. cache: shares what frozen experts made of pictures with other runs over the same ones. Raises OutputError,
     ConfigError, DataError or WeightsError before any step is taken.
     """
     console = console or Console()
@@ -68,51 +74,110 @@ def train(
     if (output / "model").is_dir() and not overwrite:
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
-    data = {name: stage_data(stage) for name, stage in config.runs()}
+    runs = config.runs(list(composition.experts))
+    check_only(only, runs)
+    data = {run.name: stage_data(run.stage) for run in runs}
     own = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is None}
+    for run in runs:
+        check_groups(run, composition)
     set_seed(config.seed)
     model, processor = compose(composition)
-    rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
-    finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
+    open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
     drawn = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is not None}
     records = own | drawn
-    if finished:
-        model, _ = load(output / "runs" / finished[-1] / "done")
-        compile_experts(model, composition)
-    for number, (name, stage) in enumerate(config.runs(), start=1):
-        if name in finished:
+    digest = hashlib.sha256(resolved.encode()).hexdigest()
+    stood = True  # whether `model` is what the runs so far have made
+    for number, run in enumerate(runs, start=1):
+        if is_finished(output, run):
+            stood = False
             continue
-        position = f"[{number}/{len(config.stages)}]"
-        trains, frozen = trained_and_frozen(model, rates[name])
-        shown = ", ".join(
-            f"{group} ({count:,} parameters, rate {rates[name][group]:g})" for group, count in trains.items()
-        )
-        console.print(f"{position} {name}: trains {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
-        progress = ScheduleProgress(console, name, position)
-        try:
-            run_stage(
-                stage,
-                name,
-                model,
-                processor,
-                records[name],
-                rates[name],
-                output,
-                config.seed + number,
-                progress,
-                cache,
-            )
-        finally:
-            progress.close()
-        save(model, processor, output / "runs" / name / "done")
-        finished.append(name)
-        write_atomically(output / "state.json", json.dumps({"finished": finished}))
-        for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
+        if only and run.name not in only:
+            continue
+        position = f"[{number}/{len(runs)}]"
+        if run.expert is None:
+            if not stood:
+                model = stand(output, runs[: number - 1], composition, model, digest)
+            trained, its_processor = model, processor
+        else:
+            set_seed(config.seed)
+            trained, its_processor = compose(alone(composition, run.expert))
+            stood = False
+        run_position = (run, trained, its_processor, records[run.name], output, config.seed + number, position)
+        run_and_show(*run_position, console, cache)
+        if run.expert is None:
+            stood = True
+            save(model, processor, output / "runs" / run.name / "done")
+        else:
+            save_expert(trained, run.expert, aligned_file(output, run.expert), digest)
+        for checkpoint in (output / "runs" / run.name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    if missing := [run.name for run in runs if not is_finished(output, run)]:
+        console.print(f"{', '.join(only)}: finished; still to do: {', '.join(missing)}", highlight=False)
+        return output
+    if not stood:
+        model = stand(output, runs, composition, model, digest)
     save(model, processor, output / "model")
-    for name, _ in config.runs():
-        shutil.rmtree(output / "runs" / name / "done", ignore_errors=True)
+    for run in runs:
+        shutil.rmtree(output / "runs" / run.name / "done", ignore_errors=True)
     return output / "model"
+
+
+def check_only(only: Sequence[str], runs: Sequence[Run]) -> None:
+    """Raise ConfigError for a run that does not exist, or that needs others that are not done by themselves."""
+    names = [run.name for run in runs]
+    for name in only:
+        if name not in names:
+            raise ConfigError("command line", [Problem("--only", name, "no such run", suggest(name, names))])
+        if runs[names.index(name)].expert is None:
+            cure = "leave --only out: one that aligns no expert goes on from all before it"
+            raise ConfigError("command line", [Problem("--only", name, "is no run of its own", cure)])
+
+
+def is_finished(output: Path, run: Run) -> bool:
+    """Whether what a run makes is there."""
+    if run.expert is not None:
+        return aligned_file(output, run.expert).is_file()
+    return (output / "runs" / run.name / "done").is_dir()
+
+
+def stand(
+    output: Path, done: Sequence[Run], composition: ModelConfig, model: MoeVisionForConditionalGeneration, digest: str
+) -> MoeVisionForConditionalGeneration:
+    """The model as these finished runs left it: of the last that trained it whole, or with the experts they aligned."""
+    whole = [run for run in done if run.expert is None]
+    if whole:
+        model, _ = load(output / "runs" / whole[-1].name / "done")
+        compile_experts(model, composition)
+        return model
+    for run in done:
+        if run.expert is not None:
+            load_aligned(model, run.expert, aligned_file(output, run.expert), digest)
+    return model
+
+
+def check_groups(run: Run, composition: ModelConfig) -> None:
+    """Raise ValueError for a group that the run's model does not have, before weights load."""
+    config = composition if run.expert is None else alone(composition, run.expert)
+    with torch.device("meta"):
+        skeleton = MoeVisionForConditionalGeneration(config.hf_config())
+    turns_of(run.stage, skeleton, 1)
+
+
+def run_and_show(
+    run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, records: Sequence[Record],
+    output: Path, seed: int, position: str, console: Console, cache: FeatureCache | None,
+) -> None:  # fmt: skip
+    """Train one run, with a line before and a bar while it lasts."""
+    rates = learning_rates(model, run.stage.rates)
+    trains, frozen = trained_and_frozen(model, rates)
+    shown = ", ".join(f"{group} ({count:,} parameters, rate {rates[group]:g})" for group, count in trains.items())
+    how = "trains in turn" if run.stage.alternate is not None else "trains"
+    console.print(f"{position} {run.name}: {how} {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
+    progress = ScheduleProgress(console, run.name, position)
+    try:
+        run_stage(run.stage, run.name, model, processor, records, rates, output, seed, progress, cache)
+    finally:
+        progress.close()
 
 
 def stage_data(stage: StageConfig) -> DataConfig:
@@ -131,6 +196,7 @@ def run_stage(
     """Train one stage in place, from its last checkpoint if there is one."""
     folder = output / "runs" / name
     freeze_all_but(model, rates)
+    turns = turns_of(stage, model, steps_per_epoch(len(records), stage, PartialState().num_processes))
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1.0,
@@ -153,6 +219,7 @@ def run_stage(
         dataloader_num_workers=stage.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        ddp_find_unused_parameters=turns.alternate,  # those whose turn it is not
         disable_tqdm=True,
         report_to="none",
     )
@@ -161,6 +228,7 @@ def run_stage(
         model=model,
         args=arguments,
         rates=rates,
+        turns=turns,
         train_dataset=ConversationDataset(records, processor, known),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
@@ -196,8 +264,8 @@ def check_output(
                           "--overwrite to start anew")  # fmt: skip
 
 
-def open_output(output: Path, resolved: str, *, overwrite: bool) -> list[str]:
-    """Make or reopen a checked output folder; returns the runs that are finished. Raises OutputError."""
+def open_output(output: Path, resolved: str, *, overwrite: bool) -> None:
+    """Make or reopen a checked output folder. Raises OutputError."""
     try:
         if overwrite and output.exists():
             shutil.rmtree(output)
@@ -205,8 +273,6 @@ def open_output(output: Path, resolved: str, *, overwrite: bool) -> list[str]:
         write_atomically(output / "config.yaml", resolved)
     except OSError as error:
         raise OutputError(f"output '{output}' cannot be written ({error}): choose another --output") from error
-    state = output / "state.json"
-    return json.loads(state.read_text(encoding="utf-8"))["finished"] if state.is_file() else []
 
 
 def check_keys(checkpoint: Path, model: MoeVisionForConditionalGeneration) -> None:

@@ -1,11 +1,15 @@
 """A schedule is a value: stages in their order, each saying what trains at which rate, on which data, for how long."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moe_vision.config import Config
+from moe_vision.registry import suggest
 
 
 class DataConfig(Config):
@@ -50,17 +54,66 @@ BARE_NUMBERS = {
 """Fields that are easily given a unit, and what to write instead."""
 
 
-class StageConfig(Config):
-    """One run of training.
+def check_rates(rates: dict[str, float]) -> dict[str, float]:
+    """Raises ValueError for a learning rate that is none."""
+    for group, rate in rates.items():
+        if not 0 < rate <= 1:
+            raise ValueError(f"learning rate {rate} of '{group}' is out of range: write one above 0 and up to 1, "
+                             "as 1e-3; to freeze a group, leave it out")  # fmt: skip
+    return rates
 
-    train: learning rate by group: `experts` or `experts.<name>`, `mixers`, `adapters`, `language_model`; all else is
-    frozen. epochs or max_steps: one of them. warmup_ratio: share of the steps, below 1. save_steps: a checkpoint every
+
+Rates = Annotated[dict[str, float], Field(min_length=1), AfterValidator(check_rates)]
+"""Learning rate by group: `experts` or `experts.<name>`, `mixers`, `adapters`, `language_model`."""
+
+
+class Turn(Config):
+    """Groups that train until the next ones have their turn: for so many optimizer `steps`, or `epochs` of the data."""
+
+    train: Rates
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "Turn":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("steps and epochs of a turn: give exactly one of them")
+        return self
+
+
+class Prealign(Config):
+    """Learning rates of an expert and of a projector of its own. experts: which are aligned, all of the model's if
+    null; those that saw text in their own training may be left out.
+    """
+
+    experts: list[str] | None = Field(default=None, min_length=1)
+    expert: float
+    projector: float
+
+    @model_validator(mode="after")
+    def _rates_are_rates(self) -> "Prealign":
+        check_rates({"expert": self.expert, "projector": self.projector})
+        if self.experts is not None and len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts {self.experts} of prealign: one is named twice; name each once")
+        return self
+
+
+class StageConfig(Config):
+    """One stage of training: `train`, `alternate` or `prealign` says what trains, and all else is frozen.
+
+    train: these groups together. alternate: groups in turn, over and over until the stage ends; while others have their
+    turn, a group's optimizer state stays as it is (SliME, arXiv 2406.08487, goes through its groups once). prealign:
+    each expert by itself, before they are fused, with the language model frozen (Eagle, arXiv 2408.15998, section 3.4).
+
+    epochs or max_steps: one of them. warmup_ratio: share of the steps, below 1. save_steps: a checkpoint every
     so many steps. data: null where the command line gives it. cache_features: run a frozen vision tower once a
     picture, where pictures are not sliced and the result fits into `cache_gb`.
     """
 
     name: str
-    train: dict[str, float] = Field(min_length=1)
+    train: Rates | None = None
+    alternate: list[Turn] | None = Field(default=None, min_length=2)
+    prealign: Prealign | None = None
     data: DataConfig | None = None
     epochs: float | None = None
     max_steps: int | None = None
@@ -92,14 +145,16 @@ class StageConfig(Config):
             )
         return value
 
-    @field_validator("train")
+    @field_validator("alternate")
     @classmethod
-    def _rates_are_rates(cls, train: dict[str, float]) -> dict[str, float]:
-        for group, rate in train.items():
-            if not 0 < rate <= 1:
-                raise ValueError(f"learning rate {rate} of '{group}' is out of range: write one above 0 and up to 1, "
-                                 "as 1e-3; to freeze a group, leave it out")  # fmt: skip
-        return train
+    def _groups_are_apart(cls, turns: list[Turn] | None) -> list[Turn] | None:
+        for at, turn in enumerate(turns or []):
+            for name, other in product(
+                turn.train, [group for later in (turns or [])[at + 1 :] for group in later.train]
+            ):
+                if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                    raise ValueError(f"'{name}' and '{other}' are in two turns: a group has one rate and one turn")
+        return turns
 
     @field_validator("warmup_ratio")
     @classmethod
@@ -111,6 +166,14 @@ class StageConfig(Config):
         return ratio
 
     @model_validator(mode="after")
+    def _has_one_kind(self) -> "StageConfig":
+        given = [kind for kind in ("train", "alternate", "prealign") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"train, alternate and prealign: found {found}; give exactly one, it says what trains")
+        return self
+
+    @model_validator(mode="after")
     def _has_one_length(self) -> "StageConfig":
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("epochs and max_steps: give exactly one of them")
@@ -118,6 +181,24 @@ class StageConfig(Config):
         if length is not None and length <= 0:
             raise ValueError(f"a stage of length {length} trains nothing: give more than 0")
         return self
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate by group, of all that trains at any step."""
+        if self.prealign is not None:
+            return {"experts": self.prealign.expert, "adapters": self.prealign.projector}
+        if self.train is not None:
+            return self.train
+        return {group: rate for turn in self.alternate or [] for group, rate in turn.train.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a schedule: a call of Trainer. expert: the one that is aligned by itself; null where all are there."""
+
+    name: str
+    stage: StageConfig
+    expert: str | None = None
 
 
 class TrainConfig(Config):
@@ -135,9 +216,30 @@ class TrainConfig(Config):
             raise ValueError(f"stages {names} share a name: rename one, each has a folder of its own")
         return stages
 
-    def runs(self) -> list[tuple[str, StageConfig]]:
-        """Stages with the folder name of their run, in order."""
-        return [(f"{number:02d}-{stage.name}", stage) for number, stage in enumerate(self.stages, start=1)]
+    @field_validator("stages")
+    @classmethod
+    def _alignment_comes_first(cls, stages: list[StageConfig]) -> list[StageConfig]:
+        for before, stage in pairwise(stages):
+            if stage.prealign is not None and before.prealign is None:
+                raise ValueError(
+                    f"stage '{stage.name}' aligns experts after '{before.name}' has trained them together: put it first"
+                )
+        return stages
+
+    def runs(self, experts: Sequence[str]) -> list[Run]:
+        """Every run in its order, of a model with these experts. Raises ValueError for one that it has not."""
+        runs: list[Run] = []
+        for stage in self.stages:
+            if stage.prealign is None:
+                runs.append(Run(f"{len(runs) + 1:02d}-{stage.name}", stage))
+                continue
+            for expert in stage.prealign.experts or experts:
+                if expert not in experts:
+                    raise ValueError(
+                        f"stages.{stage.name}.prealign.experts names '{expert}': {suggest(expert, list(experts))}"
+                    )
+                runs.append(Run(f"{len(runs) + 1:02d}-{stage.name}-{expert}", stage, expert))
+        return runs
 
 
 def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:

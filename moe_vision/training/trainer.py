@@ -1,4 +1,5 @@
-"""A thin `transformers.Trainer`: its own rate for every group, and frozen parts that stay in evaluation mode."""
+"""A thin `transformers.Trainer`: its own rate for every group, groups that take turns, and frozen parts that stay in
+evaluation mode."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -8,14 +9,17 @@ from torch import nn
 from transformers import Trainer
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.training.groups import group_modules, optimizer_groups, parameter_groups
+from moe_vision.training.groups import freeze_all_but, group_modules, optimizer_groups, parameter_groups
+from moe_vision.training.turns import Turns
 
 
 class GroupTrainer(Trainer):
-    """rates: learning rate of each finest group that trains; every other parameter is frozen already."""
+    """rates: learning rate of each finest group that trains at any step; every other parameter is frozen already.
+    turns: which of them train at which step. The others get no gradient then, so that neither they nor their
+    optimizer state change."""
 
-    def __init__(self, *args: Any, rates: Mapping[str, float], **kwargs: Any) -> None:
-        self.rates = rates
+    def __init__(self, *args: Any, rates: Mapping[str, float], turns: Turns, **kwargs: Any) -> None:
+        self.rates, self.turns = rates, turns
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -33,8 +37,12 @@ class GroupTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Trainer has just put the whole model into training mode; what is frozen must not drop out."""
-        for group, modules in group_modules(self.accelerator.unwrap_model(model)).items():
-            for module in modules if group not in self.rates else ():
+        inner = cast(MoeVisionForConditionalGeneration, self.accelerator.unwrap_model(model))
+        trains = self.turns.at(self.state.global_step)
+        if self.turns.alternate:
+            freeze_all_but(inner, trains)
+        for group, modules in group_modules(inner).items():
+            for module in modules if group not in trains else ():
                 module.eval()
         return super().compute_loss(model, *args, **kwargs)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from moe_vision.modeling.cost import CostTable, ZooEntry
-    from moe_vision.training.schedule import TrainConfig
+    from moe_vision.training.plan import PlannedRun
 
 
 def size(pair: tuple[int, int] | None) -> str:
@@ -60,16 +60,26 @@ def summary(costs: "CostTable") -> str:
     return f"{costs.visual_tokens} visual tokens in {costs.views} views for an image of {size(costs.size)} pixels"
 
 
-def stages_table(config: "TrainConfig") -> Table:
-    """Stages of a schedule."""
-    table = Table(title=f"model {config.model if isinstance(config.model, str) else '(inline)'}, seed {config.seed}")
-    for name in ("run", "trains (learning rate)", "data", "length", "batch"):
-        table.add_column(name)
-    for name, stage in config.runs():
-        length = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"{stage.max_steps} steps"
-        rates = "\n".join(f"{group} ({rate:g})" for group, rate in stage.train.items())
-        batch = str(stage.batch_size * stage.gradient_accumulation)
-        table.add_row(name, rates, "(--data)" if stage.data is None else stage.data.title, length, batch)
+def runs_table(runs: "Sequence[PlannedRun]", title: str) -> Table:
+    """Runs of a schedule: what trains at which rate, what is frozen, and how much work it is."""
+    table = Table(title=title)
+    table.add_column("run", overflow="fold")
+    table.add_column("trains: parameters, learning rate", overflow="fold")
+    table.add_column("frozen", overflow="fold")
+    table.add_column("data", overflow="fold")
+    for name in ("batch", "steps", "tokens", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        lines = [f"{group} ({scaled(count)}, {rate:g})" for group, (count, rate) in run.trains.items()]
+        if run.turns:
+            lines += ["in turn: " + ", ".join(f"{'+'.join(groups)} {steps}" for groups, steps in run.turns) + " steps"]
+        frozen = [f"{group} ({scaled(count)})" for group, count in run.frozen.items()]
+        data = "(--data)" if run.data is None else run.data
+        if run.records is not None:
+            data += f"\n{run.records:,} records"
+        counts = [f"{value:,}" if value is not None else "?" for value in (run.batch, run.steps)]
+        sums = ["?" if value is None else scaled(value, ".3g") for value in (run.tokens, run.flops)]
+        table.add_row(run.name, "\n".join(lines), "\n".join(frozen), data, *counts, *sums)
     return table
 
 

@@ -54,7 +54,7 @@ def test_show_of_a_comparison(monkeypatch, capsys) -> None:
     code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "compare/micro.yaml")
     assert code == 0 and "02-questions" in out and "questions of 1000 scenes, train" in out
     code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "compare/micro.yaml", "--json")
-    assert code == 0 and json.loads(out)["mixers"]["deformable"]["mixer"] == {"base": "eva02"}
+    assert code == 0 and json.loads(out)["config"]["mixers"]["deformable"]["mixer"] == {"base": "eva02"}
 
 
 def test_compare_prints_one_table_or_only_json(monkeypatch, capsys, tmp_path: Path) -> None:

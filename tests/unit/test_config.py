@@ -34,7 +34,7 @@ def test_every_train_preset_validates() -> None:
     paths = sorted(CONFIGS.glob("train/*.yaml"))
     assert paths
     for path in paths:
-        assert load_config(TrainConfig, path).runs()
+        assert load_config(TrainConfig, path).stages
 
 
 def test_misspelt_key_at_three_depths_comes_at_once_with_the_nearest_names() -> None:

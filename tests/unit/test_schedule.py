@@ -53,7 +53,7 @@ def test_wrong_values_are_told_with_their_cure(stage: dict[str, Any], said: str)
 def test_runs_are_numbered_and_names_differ() -> None:
     config = values()
     config["stages"].append({**config["stages"][0], "name": "finetune"})
-    names = [name for name, _ in validate(TrainConfig, config, source="test").runs()]
+    names = [run.name for run in validate(TrainConfig, config, source="test").runs([])]
     assert names == ["01-projector", "02-finetune"]
     config["stages"][1]["name"] = "projector"
     with pytest.raises(ConfigError, match="share a name"):

@@ -28,7 +28,7 @@ from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import MIXERS, suggest
 from moe_vision.training.data import on_disk, records_of
 from moe_vision.training.features import FeatureCache
-from moe_vision.training.groups import learning_rates
+from moe_vision.training.groups import learning_rates, within
 from moe_vision.training.runner import check_output, model_config, open_output, train, write_atomically
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig
 from moe_vision.viz.tables import COMPARED, compared_row, markdown_table, plus_minus
@@ -229,7 +229,9 @@ def moved_to(problem: Problem, name: str, mixer: Mapping[str, Any]) -> Problem:
 
 
 def without_mixers(stage: StageConfig) -> StageConfig:
-    return stage.model_copy(update={"train": {group: r for group, r in stage.rates.items() if group != "mixers"}})
+    return stage.model_copy(
+        update={"train": {group: r for group, r in stage.rates.items() if not within(group, "mixers")}}
+    )
 
 
 def run(

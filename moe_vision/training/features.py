@@ -15,6 +15,7 @@ import torch
 from moe_vision.data.collate import views_of
 from moe_vision.data.records import Record
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.training.groups import touches
 from moe_vision.training.schedule import StageConfig
 
 PIXELS = "pixel_values"
@@ -75,7 +76,7 @@ def stage_inputs(
     if not stage.cache_features or not model.model.policy.one_view:
         return None
     paths = sorted({path for record in records for path in record.images})
-    if any(group == "mixers" or group.startswith("experts.") for group in rates):
+    if touches("mixers", rates) or touches("experts", rates):
         return known_maps(model, processor, paths, stage, rates, FeatureCache() if cache is None else cache)
     shape = model.config.vision_config.mixed_shape("overview")
     mixed_bytes = len(paths) * shape.num_tokens * shape.channels * 4
@@ -96,7 +97,7 @@ def known_maps(
     vision, tower = model.config.vision_config, model.model.vision_tower
     injected: Any = tower.mixers["overview"].injected
     names = vision.branch_experts("overview")
-    frozen = [name for name in names if f"experts.{name}" not in rates and name != injected]
+    frozen = [name for name in names if not touches(f"experts.{name}", rates) and name != injected]
     if not frozen:
         return None
     canvas = {key: value for key, value in vision.slicing.items() if not key.startswith("tokens_per")}

@@ -1,69 +1,113 @@
-"""Parameter groups by name: what a stage trains, what it leaves frozen."""
+"""Parameter groups by name: what a stage trains, what it leaves frozen.
 
-from collections.abc import Container, Mapping
+`experts.<name>`, `mixers`, `adapters`, `language_model` are every parameter once. What lies further down has a name by
+its path, as `adapters.overview.resampler` or `experts.sam.model.neck`, and is a group of its own where it is named.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.registry import suggest
 
+ROOTS = {
+    "model.vision_tower.experts": "experts",
+    "model.vision_tower.mixers": "mixers",
+    "model.multi_modal_projector": "adapters",
+    "model.selector": "adapters.selector",
+    "model.markers": "adapters.markers",
+    "model.language_model": "language_model",
+    "lm_head": "language_model.lm_head",
+}
+"""Where the parts of a model lie, and by which name a schedule knows them."""
 
-def parameter_groups(model: MoeVisionForConditionalGeneration) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every parameter once, in its finest group: `experts.<name>`, `mixers`, `adapters`, `language_model`."""
-    prefixes: dict[str, str | tuple[str, ...]] = {
-        f"experts.{name}": f"model.vision_tower.experts.{name}." for name in model.model.vision_tower.experts
-    }
-    prefixes |= {
-        "mixers": "model.vision_tower.mixers.",
-        "adapters": ("model.multi_modal_projector.", "model.selector.", "model.markers."),
-        "language_model": "model.language_model.",
-    }
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in prefixes}
+
+def within(name: str, group: str) -> bool:
+    """Whether a name is that of a group or of something in it."""
+    return name == group or name.startswith(f"{group}.")
+
+
+def touches(part: str, groups: Iterable[str]) -> bool:
+    """Whether one of the groups holds a part, or something in it."""
+    return any(within(part, group) or within(group, part) for group in groups)
+
+
+def path_of(parameter: str) -> str:
+    """A schedule's name of a parameter."""
+    root = next(root for root in ROOTS if within(parameter, root))
+    return ROOTS[root] + parameter.removeprefix(root)
+
+
+def parameter_groups(
+    model: MoeVisionForConditionalGeneration, named: Iterable[str] = ()
+) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every parameter once, in the group with the longest name that holds it: one of the four kinds, an expert each, or
+    one that is `named`."""
+    names = [f"experts.{name}" for name in model.model.vision_tower.experts]
+    names += ["mixers", "adapters", "language_model"]
+    names += [name for name in named if name not in names]
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
     for name, parameter in model.named_parameters():
-        group = next((group for group, prefix in prefixes.items() if name.startswith(prefix)), "language_model")
-        groups[group].append((name, parameter))
+        path = path_of(name)
+        groups[max((group for group in names if within(path, group)), key=len)].append((name, parameter))
     return groups
 
 
-def group_modules(model: MoeVisionForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """The modules of each finest group; the language model's head has no mode of its own and is left out."""
-    inner = model.model
-    modules: dict[str, list[nn.Module]] = {
-        f"experts.{name}": [module] for name, module in inner.vision_tower.experts.items()
-    }
-    return modules | {
-        "mixers": [inner.vision_tower.mixers],
-        "adapters": [module for module in (inner.multi_modal_projector, inner.selector) if module is not None],
-        "language_model": [inner.language_model],
-    }
-
-
 def learning_rates(model: MoeVisionForConditionalGeneration, train: Mapping[str, float]) -> dict[str, float]:
-    """Rate of each finest group; `experts` stands for all of them, and `experts.<name>` beats it.
+    """Rate of each group; `experts` stands for all of them, and the longer of two names that hold a parameter wins.
 
     Raises ValueError for a group that does not exist or holds no parameter.
     """
-    groups = parameter_groups(model)
-    valid = ["experts", *groups]
-    rates: dict[str, float] = {}
-    for name, rate in sorted(train.items()):  # `experts` sorts before `experts.<name>`
-        if name not in valid:
-            raise ValueError(f"train: unknown group '{name}': {suggest(name, valid)}")
-        members = [group for group in groups if group == name or group.startswith(f"{name}.")]
-        if not any(groups[group] for group in members):
-            filled = [group for group in groups if groups[group]]
+    every_expert = {f"experts.{name}": rate for name in model.model.vision_tower.experts
+                    if (rate := train.get("experts")) is not None}  # fmt: skip
+    rates = every_expert | {name: rate for name, rate in sorted(train.items()) if name != "experts"}
+    coarse = parameter_groups(model)
+    paths = [path_of(name) for name, _ in model.named_parameters()]
+    for name in rates:
+        if any(within(path, name) for path in paths):
+            continue
+        if name not in coarse:
             raise ValueError(
-                f"train: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
+                f"train: unknown group '{name}': {suggest(name, nearby(name, paths) or ['experts', *coarse])}"
             )
-        rates |= {group: rate for group in members if groups[group]}
+        filled = [group for group in coarse if coarse[group]]
+        raise ValueError(
+            f"train: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
+        )
+    for name, members in parameter_groups(model, rates).items():
+        if name in rates and not members:
+            inner = [other for other in rates if other != name and within(other, name)]
+            raise ValueError(f"train: all of group '{name}' is in {inner}, which have their own rates: leave it out")
     return rates
 
 
-def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Container[str]) -> None:
-    """Let exactly the named finest groups have gradients."""
-    for group, members in parameter_groups(model).items():
+def nearby(name: str, paths: Sequence[str]) -> list[str]:
+    """What lies beside a name that does not exist: the children of the longest part of it that does."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        depth = name.count(".") + 2
+        found = dict.fromkeys(".".join(path.split(".")[:depth]) for path in paths if path.startswith(f"{name}."))
+        if found:
+            return list(found)
+    return []
+
+
+def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Collection[str]) -> None:
+    """Let exactly the named groups have gradients."""
+    for group, members in parameter_groups(model, trained).items():
         for _, parameter in members:
             parameter.requires_grad_(group in trained)
+
+
+def modes_of(module: nn.Module, parent: bool = True) -> Iterator[tuple[nn.Module, bool]]:
+    """Each module with whether it belongs into training mode: where something in it has a gradient, so that what is
+    frozen does not drop out. One without parameters goes with what it is part of."""
+    parameters = list(module.parameters())
+    mode = any(parameter.requires_grad for parameter in parameters) if parameters else parent
+    yield module, mode
+    for child in module.children():
+        yield from modes_of(child, mode)
 
 
 def optimizer_groups(
@@ -71,7 +115,7 @@ def optimizer_groups(
 ) -> list[dict[str, object]]:
     """Groups for torch's optimizers; weight decay falls on matrices only."""
     result: list[dict[str, object]] = []
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, rates)
     for group, rate in rates.items():
         matrices = [parameter for _, parameter in groups[group] if parameter.ndim > 1]
         vectors = [parameter for _, parameter in groups[group] if parameter.ndim <= 1]

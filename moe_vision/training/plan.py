@@ -17,7 +17,7 @@ from moe_vision.modeling.compose import load_tokenizer, make_processor, marker_i
 from moe_vision.modeling.cost import SLICED_SIZE, TEXT_TOKENS, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.slicing import Size
-from moe_vision.training.groups import learning_rates, parameter_groups
+from moe_vision.training.groups import learning_rates, parameter_groups, touches
 from moe_vision.training.prealign import alone
 from moe_vision.training.schedule import DataConfig, Run, TrainConfig
 from moe_vision.training.turns import Turns, steps_per_epoch, total_steps, turns_of
@@ -62,7 +62,7 @@ def plan_run(run: Run, composition: ModelConfig, seed: int, size: Size) -> Plann
     with torch.device("meta"):
         skeleton = MoeVisionForConditionalGeneration(model_config.hf_config())
     rates = learning_rates(skeleton, stage.rates)
-    counts = {group: sum(p.numel() for _, p in members) for group, members in parameter_groups(skeleton).items()}
+    counts = {group: sum(p.numel() for _, p in members) for group, members in parameter_groups(skeleton, rates).items()}
     sample, records = sampled(stage.data, seed) if stage.data is not None else ([], None)
     length = mean_length(sample, model_config) if sample else None
     steps = stage.max_steps if records is None else total_steps(records, stage)
@@ -136,19 +136,20 @@ def run_flops(
     """
     costs = cost(config, size)
     parts = {part.part: part.flops for part in costs.parts}
+    parts |= {f"adapters.{name}": parts.pop(name) for name in ("selector", "markers") if name in parts}
     language = parts.pop("language_model") / (costs.visual_tokens + TEXT_TOKENS) * length
     total = 0.0
     for groups, steps in zip(turns.groups, turns.steps, strict=True):
         share = seen * steps / sum(turns.steps)
-        experts = any(group.startswith("experts.") for group in groups)
+        experts = touches("experts", groups)
         for part, flops in parts.items():
-            group = part if part.startswith("experts.") else "mixers" if part.startswith("mixers.") else "adapters"
+            trains = touches(part, groups)
             if part.startswith("experts."):
-                shown = share if group in turns.all() else distinct * steps / sum(turns.steps)
-                total += flops * images * shown * (3 if group in groups else 1)
+                shown = share if touches(part, turns.all()) else distinct * steps / sum(turns.steps)
+                total += flops * images * shown * (3 if trains else 1)
             else:
-                before = experts or (group == "adapters" and "mixers" in groups)
-                total += flops * images * share * (1 + before + (group in groups))
-        before = experts or bool(groups & {"mixers", "adapters"})
-        total += language * share * (1 + before + ("language_model" in groups))
+                before = experts or (not part.startswith("mixers.") and touches("mixers", groups))
+                total += flops * images * share * (1 + before + trains)
+        before = experts or touches("mixers", groups) or touches("adapters", groups)
+        total += language * share * (1 + before + touches("language_model", groups))
     return total

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.training.groups import freeze_all_but, group_modules, optimizer_groups, parameter_groups
+from moe_vision.training.groups import freeze_all_but, modes_of, optimizer_groups, parameter_groups
 from moe_vision.training.turns import Turns
 
 
@@ -20,6 +20,8 @@ class GroupTrainer(Trainer):
 
     def __init__(self, *args: Any, rates: Mapping[str, float], turns: Turns, **kwargs: Any) -> None:
         self.rates, self.turns = rates, turns
+        self.training_now: frozenset[str] = frozenset()
+        self.modes: list[tuple[nn.Module, bool]] = []
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -37,18 +39,18 @@ class GroupTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Trainer has just put the whole model into training mode; what is frozen must not drop out."""
-        inner = cast(MoeVisionForConditionalGeneration, self.accelerator.unwrap_model(model))
         trains = self.turns.at(self.state.global_step)
-        if self.turns.alternate:
+        if trains != self.training_now:
+            inner = cast(MoeVisionForConditionalGeneration, self.accelerator.unwrap_model(model))
             freeze_all_but(inner, trains)
-        for group, modules in group_modules(inner).items():
-            for module in modules if group not in trains else ():
-                module.eval()
+            self.training_now, self.modes = trains, list(modes_of(inner))
+        for module, mode in self.modes:
+            module.training = mode
         return super().compute_loss(model, *args, **kwargs)
 
 
 def trained_and_frozen(model: Any, rates: Mapping[str, float]) -> tuple[dict[str, int], dict[str, int]]:
     """Parameter counts of the groups that train and of those that do not."""
-    counts = {group: sum(p.numel() for _, p in members) for group, members in parameter_groups(model).items()}
+    counts = {group: sum(p.numel() for _, p in members) for group, members in parameter_groups(model, rates).items()}
     counts = {group: count for group, count in counts.items() if count}
     return {g: c for g, c in counts.items() if g in rates}, {g: c for g, c in counts.items() if g not in rates}

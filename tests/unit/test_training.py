@@ -13,7 +13,13 @@ from moe_vision.config import ConfigError
 from moe_vision.data.records import DataError
 from moe_vision.experts.base import Expert
 from moe_vision.training import runner
-from moe_vision.training.groups import freeze_all_but, learning_rates, optimizer_groups, parameter_groups
+from moe_vision.training.groups import (
+    freeze_all_but,
+    learning_rates,
+    modes_of,
+    optimizer_groups,
+    parameter_groups,
+)
 from moe_vision.training.runner import OutputError, check_keys, train
 from moe_vision.training.schedule import TrainConfig
 from moe_vision.training.trainer import GroupTrainer
@@ -231,8 +237,8 @@ def test_rates_are_inherited_and_wrong_groups_named() -> None:
     rates = learning_rates(model, {"experts.sam": 1e-3, "experts": 1e-5})
     assert rates == {"experts.clip": 1e-5, "experts.sam": 1e-3}
     assert {group["lr"] for group in optimizer_groups(model, rates, 0.1)} == {1e-5, 1e-3}
-    for group in ("adapter", "experts.dino"):
-        with pytest.raises(ValueError, match="known: adapters"):
+    for group, known in (("adapter", "known: adapters"), ("experts.dino", r"known: experts\.clip, experts\.sam")):
+        with pytest.raises(ValueError, match=known):
             learning_rates(model, {group: 1e-3})
     with pytest.raises(ValueError, match="'mixers' has no parameter"):
         learning_rates(model, {"mixers": 1e-3})
@@ -250,3 +256,43 @@ def test_a_checkpoint_of_another_composition_is_named(tmp_path: Path) -> None:
     save_file(state, tmp_path / "other" / "model.safetensors")
     with pytest.raises(OutputError, match=r"experts\.dino"):
         check_keys(tmp_path / "other", model)
+
+
+def test_what_lies_further_down_has_a_name_too() -> None:
+    model, _ = tiny_model(
+        branches={
+            "overview": {
+                "mixer": {"type": "channel_concat", "grid": [4, 4]},
+                "adapter": {"type": "gated_mixture", "num_heads": 2},
+            }
+        }
+    )
+    rates = learning_rates(
+        model, {"adapters": 1e-3, "adapters.overview.resampler": 1e-4, "experts.sam.model.vision_encoder.neck": 1e-5}
+    )
+    groups = parameter_groups(model, rates)
+    assert {name.split(".")[3] for name, _ in groups["adapters"]} == {"projection", "gate", "noise"}
+    assert {name.split(".")[3] for name, _ in groups["adapters.overview.resampler"]} == {"resampler"}
+    assert groups["experts.sam"] and all(
+        ".neck." in name for name, _ in groups["experts.sam.model.vision_encoder.neck"]
+    )
+    sized = {group["lr"] for group in optimizer_groups(model, rates, 0.0)}
+    assert sized == set(rates.values())
+    freeze_all_but(model, ["adapters.overview.resampler"])
+    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moving == {name for name, _ in groups["adapters.overview.resampler"]}
+    with pytest.raises(ValueError, match=r"unknown group 'adapters\.overview\.resampeler': did you mean .*resampler"):
+        learning_rates(model, {"adapters.overview.resampeler": 1e-3})
+    with pytest.raises(ValueError, match=r"all of group 'adapters' is in \['adapters\.overview'\]"):
+        learning_rates(model, {"adapters": 1e-3, "adapters.overview": 1e-4})
+
+
+def test_modes_are_those_of_what_trains() -> None:
+    model, _ = tiny_model()
+    model.train()
+    freeze_all_but(model, ["language_model.layers.1"])
+    modes = {id(module): mode for module, mode in modes_of(model)}
+    layers = model.model.language_model.layers
+    assert all(modes[id(module)] for module in layers[1].modules() if not list(module.parameters()))
+    assert modes[id(layers[1].mlp)] and modes[id(model)]
+    assert not any(modes[id(module)] for module in [*layers[0].modules(), *model.model.vision_tower.modules()])

@@ -3,7 +3,8 @@
 OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
 OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
 OUTPUT/model/       the finished model, a Hugging Face folder
-OUTPUT/data/        pictures that the config has drawn
+OUTPUT/data/        pictures that the config has drawn, or that lay in tables
+OUTPUT/data_report.json  what was read, and every record that was skipped
 """
 
 import json
@@ -22,18 +23,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
 from moe_vision.data.collate import Collator, ConversationDataset
-from moe_vision.data.records import Record
+from moe_vision.data.samples import Samples, samples_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
-from moe_vision.training.data import records_of
+from moe_vision.training.data import STAGING, read_stages, report_of, settle, skipped_lines, staged
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
 
-OWN_NAMES = frozenset({"config.yaml", "state.json", "metrics.jsonl", "runs", "model", "data"})
+OWN_NAMES = frozenset({"config.yaml", "state.json", "metrics.jsonl", "runs", "model", "data", "data_report.json"})
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
 
 
@@ -68,14 +69,20 @@ def train(
     if (output / "model").is_dir() and not overwrite:
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
-    data = {name: stage_data(stage) for name, stage in config.runs()}
-    own = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is None}
-    set_seed(config.seed)
-    model, processor = compose(composition)
-    rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
-    finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
-    drawn = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is not None}
-    records = own | drawn
+    data = {name: (stage_data(stage), stage.num_workers) for name, stage in config.runs()}
+    with staged(output, overwrite=overwrite) as folder:
+        read = read_stages(data, folder, config.seed)
+        set_seed(config.seed)
+        model, processor = compose(composition)
+        rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
+        context = getattr(model.config.text_config, "max_position_embeddings", None)
+        samples = {name: samples_of(sources, processor, context, config.seed) for name, sources in read.items()}
+        finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all is in order
+        target = settle(folder, output)
+    samples = {name: own.moved(folder, target) for name, own in samples.items()}
+    write_atomically(output / "data_report.json", report_of(samples))
+    for line in skipped_lines(samples, output / "data_report.json"):
+        console.print(line, highlight=False)
     if finished:
         model, _ = load(output / "runs" / finished[-1] / "done")
         compile_experts(model, composition)
@@ -95,7 +102,7 @@ def train(
                 name,
                 model,
                 processor,
-                records[name],
+                samples[name],
                 rates[name],
                 output,
                 config.seed + number,
@@ -125,7 +132,7 @@ def stage_data(stage: StageConfig) -> DataConfig:
 
 def run_stage(
     stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
-    records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
+    samples: Samples, rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
     cache: FeatureCache | None = None,
 ) -> None:  # fmt: skip
     """Train one stage in place, from its last checkpoint if there is one."""
@@ -156,12 +163,12 @@ def run_stage(
         disable_tqdm=True,
         report_to="none",
     )
-    known = stage_inputs(cast(Any, model).to(arguments.device), processor, records, stage, rates, cache)
+    known = stage_inputs(cast(Any, model).to(arguments.device), processor, samples.records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,
         args=arguments,
         rates=rates,
-        train_dataset=ConversationDataset(records, processor, known),
+        train_dataset=ConversationDataset(samples.records, processor, known, samples.texts),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
     )
@@ -185,7 +192,7 @@ def check_output(
     nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"output '{output}' cannot be written, because of '{nearest}': choose another --output")
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists() or all(entry.name == STAGING for entry in output.iterdir()):
         return
     foreign = sorted(p.name for p in output.iterdir() if p.name not in own and not p.name.endswith(".partial"))
     if foreign or not (output / "config.yaml").is_file():
@@ -199,8 +206,12 @@ def check_output(
 def open_output(output: Path, resolved: str, *, overwrite: bool) -> list[str]:
     """Make or reopen a checked output folder; returns the runs that are finished. Raises OutputError."""
     try:
-        if overwrite and output.exists():
-            shutil.rmtree(output)
+        for entry in output.iterdir() if overwrite and output.exists() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                if entry.name != STAGING:  # the new run's own data
+                    shutil.rmtree(entry)
+            else:
+                entry.unlink()
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "config.yaml", resolved)
     except OSError as error:

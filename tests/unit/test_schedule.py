@@ -35,7 +35,7 @@ def values(**stage: Any) -> dict[str, Any]:
         ({"name": "a/b"}, "letters"),
         ({"warm_up": 1}, "unknown key"),
         ({"precision": "fp8"}, "precision"),
-        ({"data": {}}, "path and synthetic; give exactly one"),
+        ({"data": {}}, "path, synthetic, dataset, mixture; give exactly one"),
         ({"data": {"path": "d.json", "synthetic": "questions", "scenes": 3}}, "give exactly one"),
         ({"data": {"synthetic": "questions"}}, "add scenes, as 2000"),
         ({"data": {"synthetic": "questions", "scenes": 0}}, "greater than or equal to 1"),

@@ -42,7 +42,7 @@ def values(**stage: Any) -> dict[str, Any]:
         ({"data": {"synthetic": "answers", "scenes": 3}}, "'captions' or 'questions'"),
         ({"data": {"synthetic": "captions", "scenes": 3, "split": "val"}}, "write split: train"),
         ({"data": {"synthetic": "questions", "scenes": 3, "image_root": "d"}}, "image_root is where"),
-        ({"data": {"path": "d.json", "scenes": 3}}, "leave them out"),
+        ({"data": {"path": "d.json", "scenes": 3}}, "leave it out"),
     ],
 )
 def test_wrong_values_are_told_with_their_cure(stage: dict[str, Any], said: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moe_vision.data.records import IMAGE_MARKER
 from moe_vision.registry import suggest
 
 FILE_BUILDERS = {
-    ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow",
+    ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow",
 }  # fmt: skip
 SAVED_FILES = ("state.json", "dataset_dict.json")
 """One of them lies in each folder that `save_to_disk` wrote."""
@@ -30,7 +31,9 @@ def write_table(data: SourceConfig, folder: Path) -> Path:
     Raises DataError where it cannot be read, where a column is missing, or where it has no row.
     """
     assert data.columns is not None  # SourceConfig refused it
-    what = data.model_dump(include={"dataset", "config", "split", "columns", "streaming", "records", "image_root"})
+    what = data.model_dump(include={"dataset", "config", "split", "columns", "image_root"})
+    if data.streaming:  # else `records` does not change what is written
+        what["records"] = data.records
     target = folder / f"dataset-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
     if not target.is_dir():
         table = open_table(data)
@@ -65,9 +68,9 @@ def open_table(data: SourceConfig) -> Any:
         )
     if saved and data.streaming:
         raise DataError(title, ["a folder that datasets has saved is not streamed: leave streaming out"])
-    try:
+    with read_errors_told(title):
         if saved:
-            table = split_of(datasets.load_from_disk(source), data)
+            table = split_of(saved_table(source, title), data)
         elif local.is_file():
             builder = FILE_BUILDERS.get(local.suffix)
             if builder is None:
@@ -77,12 +80,31 @@ def open_table(data: SourceConfig) -> Any:
             )
         else:
             table = datasets.load_dataset(source, data.config, split=data.split, streaming=data.streaming)
+        return undecoded(table, data)
+
+
+@contextmanager
+def read_errors_told(title: str) -> Iterator[None]:
+    """Turn what `datasets` raises into a DataError."""
+    import datasets
+
+    try:
+        yield
     except DataError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(title, [f"datasets cannot read it ({error}): give a folder or file, or a name on the Hub, and "
                                 "a split that it has"]) from error  # fmt: skip
-    return undecoded(table, data)
+
+
+def saved_table(source: str, title: str) -> Any:
+    """A folder that `save_to_disk` wrote; `datasets` finds no file in one that it saved without a row."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(source)
+    except IndexError as error:
+        raise DataError(title, ["holds no record: add at least one row"]) from error
 
 
 def split_of(loaded: Any, data: SourceConfig) -> Any:
@@ -121,7 +143,8 @@ def undecoded(table: Any, data: SourceConfig) -> Any:
 
 def rows_of(table: Any, data: SourceConfig) -> Iterator[Mapping[str, Any]]:
     """Rows of a table, or the first `records` of a stream."""
-    return islice(table, data.records) if data.streaming else iter(table)
+    with read_errors_told(data.title):
+        yield from islice(table, data.records) if data.streaming else table
 
 
 def record_of(row: Mapping[str, Any], columns: ColumnsConfig, root: Path | None, folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.training.data import read_data
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import DataConfig, TrainConfig
+from tests.sliced import COMPOSITIONS
 from tests.tiny import tiny_model
 from tests.unit.toy import train_values, write_data
 
@@ -163,6 +164,17 @@ def test_lengths_are_known_before_a_picture_is_decoded(
     monkeypatch.setattr(records_module, "load_image", decode)
     with pytest.raises(DataError, match="256 fit"):
         samples(processor, 256, path=str(path))
+
+
+def test_a_size_that_the_slicing_refuses_is_fatal_or_skipped(tmp_path: Path) -> None:
+    slicing = tiny_model(**COMPOSITIONS["native"])[1]
+    path, _ = written(tmp_path)
+    Image.new("RGB", (2010, 10)).save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"1\.png': an image of 10x2010 pixels is longer than 200 times"):
+        samples(slicing, path=str(path))
+    left = samples(slicing, path=str(path), on_fault="skip")
+    assert [record.id for record in left.records] == ["0", "2", "3"]
+    assert left.reports[0].counts == {"image_size": 1}
 
 
 def corrupted(folder: Path, **stage: Any) -> tuple[TrainConfig, list[str]]:

@@ -100,6 +100,21 @@ def test_files_with_paths_keep_the_pictures_where_they_are(tmp_path: Path) -> No
     assert moved[0].images == (tmp_path / "elsewhere" / "0.png",)
 
 
+def test_a_folder_of_pictures_with_a_table_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for i in range(2):
+        picture(i).save(folder / f"{i}.png")
+    (folder / "metadata.csv").write_text("file_name,ask,say\n0.png,what,red\n1.png,what,green\n")
+    named = {"images": "image", "question": "ask", "answer": "say"}
+    found = records(tmp_path, dataset=str(folder), columns=named)
+    assert [(record.images, record.turns[1].text) for record in found] == [
+        ((folder / "0.png",), "red"),
+        ((folder / "1.png",), "green"),
+    ]
+    assert not list((tmp_path / "data").rglob("pictures/*"))
+
+
 def test_a_stream_is_read_as_far_as_records_say(tmp_path: Path) -> None:
     table(4).to_parquet(tmp_path / "rows.parquet")
     stream = {"dataset": str(tmp_path / "rows.parquet"), "columns": QUESTIONS, "streaming": True}
@@ -198,6 +213,17 @@ def test_a_broken_table_destroys_no_old_output(tmp_path: Path) -> None:
     values["stages"][0]["data"]["dataset"] = str(tmp_path / "good")
     train(TrainConfig.model_validate(values), output, overwrite=True)
     assert (output / "model").is_dir() and not (output / STAGING).exists()
+
+
+def test_what_a_kill_left_before_a_run_began_is_no_obstacle(tmp_path: Path) -> None:
+    table(2).save_to_disk(tmp_path / "saved")
+    values = train_values(tmp_path, max_steps=1)
+    values["stages"] = values["stages"][:1]
+    values["stages"][0]["data"] = {"dataset": str(tmp_path / "saved"), "columns": QUESTIONS}
+    rest = tmp_path / "out" / STAGING / "dataset-of-another-run"
+    rest.mkdir(parents=True)
+    train(TrainConfig.model_validate(values), tmp_path / "out")
+    assert len(list((tmp_path / "out" / "data").iterdir())) == 1 and not (tmp_path / "out" / STAGING).exists()
 
 
 def sources(*parts: dict[str, Any]) -> list[Source]:

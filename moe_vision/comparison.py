@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 from rich.console import Console
 
 from moe_vision.config import Config, ConfigError, Problem, merge, validate
@@ -26,7 +26,7 @@ from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import CostTable, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import MIXERS, suggest
-from moe_vision.training.data import on_disk, records_of
+from moe_vision.training.data import on_disk, records_of, settle, staged
 from moe_vision.training.features import FeatureCache
 from moe_vision.training.groups import learning_rates, within
 from moe_vision.training.runner import check_output, model_config, open_output, train, write_atomically
@@ -59,6 +59,15 @@ class CompareConfig(TrainConfig):
 
     mixers: dict[str, MixerSettings] = Field(default_factory=dict)
     test: DataConfig | None = None
+
+    @field_validator("test")
+    @classmethod
+    def _test_is_whole(cls, test: DataConfig | None) -> DataConfig | None:
+        for part in test.parts if test is not None else ():
+            if part.on_fault != "fatal" or part.max_length is not None:
+                raise ValueError(f"on_fault and max_length leave records out, and all of the test '{part.title}' is "
+                                 "asked: leave them out")  # fmt: skip
+        return test
 
 
 @dataclass(frozen=True)
@@ -108,10 +117,11 @@ def compare(
     base = model_config(config)
     resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": base.to_plain()}, sort_keys=False)
     check_output(output, resolved, overwrite=overwrite, own=OWN_NAMES, what="the output of a comparison")
-    for data in data_of(config):  # a user's own files are checked before an old output goes
-        if data.synthetic is None:
-            records_of(data, output / "data", config.seed)
-    open_output(output, resolved, overwrite=overwrite)
+    with staged(output, overwrite=overwrite) as folder:
+        for data in data_of(config):  # all is checked before an old output goes
+            records_of(data, folder, config.seed)
+        open_output(output, resolved, overwrite=overwrite)
+        settle(folder, output)
     (output / "runs").mkdir(exist_ok=True)
     *seen, test = [records_of(data, output / "data", config.seed) for data in data_of(config)]
     images = [sum(len(record.images) for record in records) / len(records) for records in seen]

@@ -18,6 +18,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     """Tokenised records with what the model takes of their pictures.
 
     pictures: from the paths of a prompt's pictures to the model's inputs by name; `views_of`, which decodes, if null.
+    texts: the records' tokens, where they are known; made here if null.
     """
 
     def __init__(
@@ -25,11 +26,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         records: Sequence[Record],
         processor: MoeVisionProcessor,
         pictures: Callable[[Sequence[Path]], dict[str, Any]] | None = None,
+        texts: Sequence[Tokenised] | None = None,
     ) -> None:
         self.records = list(records)
         self.processor = processor
         self.pictures = pictures or partial(views_of, processor=processor)
-        self.texts: list[Tokenised] = [tokenise(record, processor) for record in self.records]
+        self.texts = [tokenise(record, processor) for record in self.records] if texts is None else list(texts)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -6,7 +6,8 @@ A file is a JSON list, or JSON Lines, of `{"id", "image": path or list of paths,
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +15,11 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+from moe_vision.data.faults import DataError, Fault, RecordFault, problems_of
 from moe_vision.slicing.pictures import eight_bit
 
 IMAGE_MARKER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-SHOWN_PROBLEMS = 10
-
-
-class DataError(ValueError):
-    """Everything that is wrong with one data file."""
-
-    def __init__(self, source: Path, problems: Sequence[str]) -> None:
-        more = len(problems) - SHOWN_PROBLEMS
-        lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
-        lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]] + (
-            [f"  … and {more} more"] if more > 0 else []
-        )
-        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -57,29 +46,68 @@ def load_records(path: Path | str, image_root: Path | str | None = None) -> list
     Raises DataError with every problem: no LLaVA data, markers that do not match images, images missing or unreadable.
     """
     path = Path(path)
-    root = Path(image_root) if image_root is not None else path.parent
-    values = read_values(path)
-    problems: list[str] = []
-    records = []
-    for number, value in enumerate(values):
-        try:
-            records.append(parse_record(value, number, root))
-        except ValueError as error:
-            problems.append(str(error))
-    for image in dict.fromkeys(image for record in records for image in record.images):
-        try:
-            check_image(image)
-        except ValueError as error:
-            problems.append(str(error))
-    if not values:
-        problems.append("holds no record: add at least one conversation")
-    if problems:
-        raise DataError(path, problems)
+    records, faults = read_records(path, Path(image_root) if image_root is not None else path.parent)
+    if faults:
+        raise DataError(path, problems_of(faults))
     return records
 
 
+def read_records(path: Path, root: Path, *, verify: bool = False, workers: int = 1) -> tuple[list[Record], list[Fault]]:
+    """Records of a JSON or JSONL file without a fault, in the file's order, and the faults of all others.
+
+    verify: decode every picture to its end, in so many threads, so that cut-off ones are found too; else their headers
+    are read. Raises DataError where the file as a whole is no LLaVA data, or holds no record.
+    """
+    values = read_values(path)
+    if not values:
+        raise DataError(path, ["holds no record: add at least one conversation"])
+    records, faults = [], []
+    for number, value in enumerate(values):
+        try:
+            records.append(parse_record(value, number, root))
+        except RecordFault as fault:
+            faults.append(Fault(record_id(value, number), fault.reason, str(fault)))
+    broken = broken_images(dict.fromkeys(image for record in records for image in record.images), verify, workers)
+    whole = []
+    for record in records:
+        found = [broken[image] for image in dict.fromkeys(record.images) if image in broken]
+        if found:
+            faults.append(Fault(record.id, found[0].reason, "; ".join(map(str, found))))
+        else:
+            whole.append(record)
+    return whole, faults
+
+
+def broken_images(images: Iterable[Path], verify: bool, workers: int) -> dict[Path, RecordFault]:
+    """What is wrong with each picture that something is wrong with; `verify` decodes them, in so many threads."""
+
+    def fault(image: Path) -> RecordFault | None:
+        try:
+            if verify:
+                load_image(image)
+            else:
+                check_image(image)
+        except RecordFault as error:
+            return error
+        return None
+
+    images = list(images)
+    # Filters of warnings belong to the process: threads would leave them changed if this did not put them back.
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as threads:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return {image: error for image, error in zip(images, threads.map(fault, images), strict=True) if error}
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """A line of JSON Lines that is no JSON; it stands where its record would."""
+
+    id: str
+    problem: str
+
+
 def read_values(path: Path) -> list[Any]:
-    """Plain values of a JSON list or of JSON Lines."""
+    """Plain values of a JSON list or of JSON Lines, with a `BrokenLine` for each line that is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -87,7 +115,7 @@ def read_values(path: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(path, [f"cannot be read ({error}): give a LLaVA-format JSON or JSONL file in UTF-8"]) from None
     if path.suffix == ".jsonl":
-        return [parse_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [parse_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -97,70 +125,88 @@ def read_values(path: Path) -> list[Any]:
     return values
 
 
-def parse_line(path: Path, number: int, line: str) -> Any:
-    """One value of JSON Lines. Raises DataError naming the line."""
+def parse_line(number: int, line: str) -> Any:
+    """One value of JSON Lines."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(path, [f"line {number} is not JSON ({error.msg}): mend it, one record a line"]) from None
+        return BrokenLine(f"line {number}", f"line {number} is not JSON ({error.msg}): mend it, one record a line")
+
+
+def record_id(value: Any, number: int) -> str:
+    """What a record is called in reports: its id, or where it stands."""
+    if isinstance(value, BrokenLine):
+        return value.id
+    return str(value.get("id", number)) if isinstance(value, dict) else str(number)
 
 
 def parse_record(value: Any, number: int, root: Path) -> Record:
-    """One record. Raises ValueError naming the record, the fault and the cure."""
+    """One record. Raises RecordFault naming the record, the fault and the cure."""
+    if isinstance(value, BrokenLine):
+        raise RecordFault(value.problem, "format")
     if not isinstance(value, dict):
-        raise ValueError(
-            f"record {number}: is a {type(value).__name__}; a LLaVA record is {{id, image, conversations}}"
+        raise RecordFault(
+            f"record {number}: is a {type(value).__name__}; a LLaVA record is {{id, image, conversations}}", "format"
         )
     name = f"record {number} (id {value.get('id', number)!r})"
     conversation = value.get("conversations")
     if not isinstance(conversation, list) or not conversation:
         keys = ", ".join(map(str, value)) or "none"
-        raise ValueError(f"{name}: has no list 'conversations' (keys: {keys}); write [{{from: human, value: …}}, …]")
+        raise RecordFault(
+            f"{name}: has no list 'conversations' (keys: {keys}); write [{{from: human, value: …}}, …]", "format"
+        )
     images = value.get("image", [])
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"{name}: 'image' is {images!r}; write a path or a list of paths")
+        raise RecordFault(f"{name}: 'image' is {images!r}; write a path or a list of paths", "format")
     turns = tuple(parse_turn(turn, name) for turn in conversation)
     spoken = [turn.role for turn in turns if turn.role != "system"]
     expected = ["user", "assistant"] * (len(spoken) // 2)
     if spoken != expected or not spoken:
-        raise ValueError(f"{name}: turns go {spoken}; they must alternate human, gpt and end with gpt")
-    if any(IMAGE_MARKER in turn.text for turn in turns if turn.role == "assistant"):
-        raise ValueError(f"{name}: an answer has an {IMAGE_MARKER} marker; move it into the question before")
+        raise RecordFault(f"{name}: turns go {spoken}; they must alternate human, gpt and end with gpt", "format")
     task = value.get("task", "all")
     if not isinstance(task, str):
-        raise ValueError(f"{name}: 'task' is {task!r}; write a name, or leave it out")
+        raise RecordFault(f"{name}: 'task' is {task!r}; write a name, or leave it out", "format")
+    if any(IMAGE_MARKER in turn.text for turn in turns if turn.role == "assistant"):
+        raise RecordFault(
+            f"{name}: an answer has an {IMAGE_MARKER} marker; move it into the question before", "markers"
+        )
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers != len(images):
         cure = "put one marker into the first question for each image" if markers < len(images) else "name each image"
-        raise ValueError(f"{name}: {len(images)} images and {markers} {IMAGE_MARKER} markers; {cure}")
-    return Record(str(value.get("id", number)), tuple(root / image for image in images), turns, task)
+        raise RecordFault(f"{name}: {len(images)} images and {markers} {IMAGE_MARKER} markers; {cure}", "markers")
+    return Record(record_id(value, number), tuple(root / image for image in images), turns, task)
 
 
 def parse_turn(turn: Any, name: str) -> Turn:
     known = isinstance(turn, dict) and isinstance(turn.get("from"), str) and turn["from"] in ROLES
     if not known or not isinstance(turn.get("value"), str):
-        raise ValueError(f"{name}: turn {turn!r} is not {{from: human | gpt, value: text}}")
+        raise RecordFault(f"{name}: turn {turn!r} is not {{from: human | gpt, value: text}}", "format")
     return Turn(ROLES[turn["from"]], turn["value"])
 
 
 def check_image(path: Path) -> None:
-    """Raise ValueError if `path` is missing, empty or no picture; reads the header only."""
+    """Raise RecordFault if `path` is missing, empty or no picture; reads the header only."""
     if not path.is_file():
-        raise ValueError(
-            f"image '{path}': no such file; mend the path, or give the folder it starts from as image_root"
+        raise RecordFault(
+            f"image '{path}': no such file; mend the path, or give the folder it starts from as image_root",
+            "image_missing",
         )
     if path.stat().st_size == 0:
-        raise ValueError(f"image '{path}': has zero bytes; fetch it again")
+        raise RecordFault(f"image '{path}': has zero bytes; fetch it again", "image_broken")
     try:
         with opened(path) as picture:
             width, height = picture.size
     except Image.DecompressionBombError as error:
-        raise ValueError(f"image '{path}': is too large to decode safely ({error}); make it smaller") from None
+        raise RecordFault(
+            f"image '{path}': is too large to decode safely ({error}); make it smaller", "image_broken"
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image '{path}': cannot be read as a picture ({error}); replace it") from None
+        raise RecordFault(
+            f"image '{path}': cannot be read as a picture ({error}); replace it", "image_broken"
+        ) from None
     if min(width, height) < 1:
-        raise ValueError(f"image '{path}': is {height}x{width} pixels, nothing to see; replace it")
+        raise RecordFault(f"image '{path}': is {height}x{width} pixels, nothing to see; replace it", "image_broken")
 
 
 TURNED = frozenset({5, 6, 7, 8})
@@ -169,7 +215,7 @@ TURNED = frozenset({5, 6, 7, 8})
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of a picture as `load_image` gives it, without decoding it but for PNG files. Raises
-    ValueError naming the file.
+    RecordFault naming the file.
     """
     path = Path(path)
     check_image(path)
@@ -179,7 +225,9 @@ def image_size(path: Path | str) -> tuple[int, int]:
             # Pillow turns a TIFF's size by itself. A PNG tells its orientation behind its pixels: it is read to there.
             turns = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in TURNED
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it") from None
+        raise RecordFault(
+            f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it", "image_broken"
+        ) from None
     return (width, height) if turns else (height, width)
 
 
@@ -193,7 +241,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def load_image(path: Path | str) -> Image.Image:
-    """Decode a picture upright and as RGB; transparency lies on white. Raises ValueError naming the file."""
+    """Decode a picture upright and as RGB; transparency lies on white. Raises RecordFault naming the file."""
     path = Path(path)
     check_image(path)
     try:
@@ -205,4 +253,6 @@ def load_image(path: Path | str) -> Image.Image:
                 return Image.alpha_composite(white, layered).convert("RGB")
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it") from None
+        raise RecordFault(
+            f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it", "image_broken"
+        ) from None

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from moe_vision.data.chat import tokenise
-from moe_vision.data.records import Record, load_records, parse_record, read_values
+from moe_vision.data.config import DataConfig, PartConfig
+from moe_vision.data.faults import RecordFault
+from moe_vision.data.records import Record, parse_record, read_records, read_values
 from moe_vision.data.synthetic import write_split
 from moe_vision.experts.weights import located
 from moe_vision.modeling import MoeVisionForConditionalGeneration
@@ -19,7 +21,7 @@ from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.slicing import Size
 from moe_vision.training.groups import learning_rates, parameter_groups, touches
 from moe_vision.training.prealign import alone
-from moe_vision.training.schedule import DataConfig, Run, TrainConfig
+from moe_vision.training.schedule import Run, TrainConfig
 from moe_vision.training.turns import Turns, steps_per_epoch, total_steps, turns_of
 
 SAMPLED = 32
@@ -94,21 +96,40 @@ def plan_run(run: Run, composition: ModelConfig, seed: int, size: Size) -> Plann
 
 
 def sampled(data: DataConfig, seed: int) -> tuple[list[Record], int | None]:
-    """Some records, and how many there are; none and null where the file is not at hand."""
-    if data.synthetic is not None:
-        assert data.scenes is not None  # DataConfig refused it
-        drawn = min(data.scenes, SAMPLED)
+    """Some records, and how many an epoch sees; none of a part that is not at hand, and null where the config does not
+    say how many that holds."""
+    records: list[Record] = []
+    sizes: list[int] = []
+    for part in data.parts:
+        found, size = sampled_part(part, seed)
+        records += found
+        size = part.records if size is None else size
+        if size is None:
+            return records, None
+        sizes.append(size if part.weight is not None else round(size * (part.epochs or 1)))
+    return records, sum(sizes)
+
+
+def sampled_part(part: PartConfig, seed: int) -> tuple[list[Record], int | None]:
+    """Some records of one source, and how many it holds."""
+    if part.synthetic is not None:
+        assert part.scenes is not None  # SourceConfig refused it
+        drawn = min(part.scenes, SAMPLED)
         with tempfile.TemporaryDirectory() as folder:
-            records = load_records(write_split(Path(folder), data.split, drawn, seed)[data.synthetic])
-        return records, len(records) * data.scenes // drawn
-    assert data.path is not None
-    path = Path(data.path)
-    if not path.is_file():
+            records, _ = read_records(write_split(Path(folder), part.split, drawn, seed)[part.synthetic], Path(folder))
+        return records, len(records) * part.scenes // drawn
+    if part.path is None or not Path(part.path).is_file():
         return [], None
-    root = Path(data.image_root) if data.image_root is not None else path.parent
+    path = Path(part.path)
+    root = Path(part.image_root) if part.image_root is not None else path.parent
     values = read_values(path)
-    spread = values[:: max(1, len(values) // SAMPLED)][:SAMPLED]
-    return [parse_record(value, number, root) for number, value in enumerate(spread)], len(values)
+    records = []
+    for number, value in enumerate(values[:: max(1, len(values) // SAMPLED)][:SAMPLED]):
+        try:
+            records.append(parse_record(value, number, root))
+        except RecordFault:
+            continue  # training tells of it, by the setting for faults; an estimate goes by the others
+    return records, len(values)
 
 
 def mean_length(records: Sequence[Record], config: ModelConfig) -> float | None:

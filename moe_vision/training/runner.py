@@ -2,8 +2,8 @@
 
 OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
 OUTPUT/model/       the finished model             OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
-OUTPUT/experts/     those aligned by themselves
-OUTPUT/data/        pictures that the config has drawn
+OUTPUT/experts/     those aligned by themselves    OUTPUT/data/          pictures that were drawn, or lay in tables
+OUTPUT/data_report.json  what was read, and every record that was skipped
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
 from moe_vision.data.collate import Collator, ConversationDataset
-from moe_vision.data.records import Record
+from moe_vision.data.samples import Samples, samples_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
-from moe_vision.training.data import records_of
+from moe_vision.training.data import STAGING, read_stages, report_of, settle, skipped_lines, staged
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
 from moe_vision.training.prealign import aligned_file, alone, load_aligned, save_expert
@@ -37,7 +37,7 @@ from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConf
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
 from moe_vision.training.turns import steps_per_epoch, turns_of
 
-OWN_NAMES = frozenset({"config.yaml", "metrics.jsonl", "runs", "experts", "model", "data"})
+OWN_NAMES = frozenset({"config.yaml", "metrics.jsonl", "runs", "experts", "model", "data", "data_report.json"})
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
 
 
@@ -76,15 +76,21 @@ def train(
         return output / "model"
     runs = config.runs(list(composition.experts))
     check_only(only, runs)
-    data = {run.name: stage_data(run.stage) for run in runs}
-    own = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is None}
     for run in runs:
         check_groups(run, composition)
-    set_seed(config.seed)
-    model, processor = compose(composition)
-    open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
-    drawn = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is not None}
-    records = own | drawn
+    data = {run.name: (stage_data(run.stage), run.stage.num_workers) for run in runs}
+    with staged(output, overwrite=overwrite) as folder:
+        read = read_stages(data, folder, config.seed)
+        set_seed(config.seed)
+        model, processor = compose(composition)
+        context = getattr(model.config.text_config, "max_position_embeddings", None)
+        samples = {name: samples_of(sources, processor, context, config.seed) for name, sources in read.items()}
+        open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
+        target = settle(folder, output)
+    samples = {name: own.moved(folder, target) for name, own in samples.items()}
+    write_atomically(output / "data_report.json", report_of(samples))
+    for line in skipped_lines(samples, output / "data_report.json"):
+        console.print(line, highlight=False)
     digest = hashlib.sha256(resolved.encode()).hexdigest()
     stood = True  # whether `model` is what the runs so far have made
     for number, run in enumerate(runs, start=1):
@@ -93,22 +99,20 @@ def train(
             continue
         if only and run.name not in only:
             continue
-        position = f"[{number}/{len(runs)}]"
+        own, position = samples[run.name], f"[{number}/{len(runs)}]"
         if run.expert is None:
             if not stood:
                 model = stand(output, runs[: number - 1], composition, model, digest)
-            trained, its_processor = model, processor
-        else:
-            set_seed(config.seed)
-            trained, its_processor = compose(alone(composition, run.expert))
-            stood = False
-        run_position = (run, trained, its_processor, records[run.name], output, config.seed + number, position)
-        run_and_show(*run_position, console, cache)
-        if run.expert is None:
+            run_and_show(run, model, processor, own, output, config.seed + number, position, console, cache)
             stood = True
             save(model, processor, output / "runs" / run.name / "done")
         else:
-            save_expert(trained, run.expert, aligned_file(output, run.expert), digest)
+            set_seed(config.seed)
+            single, its_processor = compose(alone(composition, run.expert))
+            own = own.tokenised_by(its_processor)
+            run_and_show(run, single, its_processor, own, output, config.seed + number, position, console, cache)
+            stood = False
+            save_expert(single, run.expert, aligned_file(output, run.expert), digest)
         for checkpoint in (output / "runs" / run.name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     if missing := [run.name for run in runs if not is_finished(output, run)]:
@@ -164,7 +168,7 @@ def check_groups(run: Run, composition: ModelConfig) -> None:
 
 
 def run_and_show(
-    run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, records: Sequence[Record],
+    run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, samples: Samples,
     output: Path, seed: int, position: str, console: Console, cache: FeatureCache | None,
 ) -> None:  # fmt: skip
     """Train one run, with a line before and a bar while it lasts."""
@@ -175,7 +179,7 @@ def run_and_show(
     console.print(f"{position} {run.name}: {how} {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
     progress = ScheduleProgress(console, run.name, position)
     try:
-        run_stage(run.stage, run.name, model, processor, records, rates, output, seed, progress, cache)
+        run_stage(run.stage, run.name, model, processor, samples, rates, output, seed, progress, cache)
     finally:
         progress.close()
 
@@ -190,13 +194,13 @@ def stage_data(stage: StageConfig) -> DataConfig:
 
 def run_stage(
     stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
-    records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
+    samples: Samples, rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
     cache: FeatureCache | None = None,
 ) -> None:  # fmt: skip
     """Train one stage in place, from its last checkpoint if there is one."""
     folder = output / "runs" / name
     freeze_all_but(model, rates)
-    turns = turns_of(stage, model, steps_per_epoch(len(records), stage, PartialState().num_processes))
+    turns = turns_of(stage, model, steps_per_epoch(len(samples.items), stage, PartialState().num_processes))
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1.0,
@@ -223,13 +227,13 @@ def run_stage(
         disable_tqdm=True,
         report_to="none",
     )
-    known = stage_inputs(cast(Any, model).to(arguments.device), processor, records, stage, rates, cache)
+    known = stage_inputs(cast(Any, model).to(arguments.device), processor, samples.records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,
         args=arguments,
         rates=rates,
         turns=turns,
-        train_dataset=ConversationDataset(records, processor, known),
+        train_dataset=ConversationDataset(samples.records, processor, known, samples.texts),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
     )
@@ -253,7 +257,7 @@ def check_output(
     nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"output '{output}' cannot be written, because of '{nearest}': choose another --output")
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists() or all(entry.name == STAGING for entry in output.iterdir()):
         return
     foreign = sorted(p.name for p in output.iterdir() if p.name not in own and not p.name.endswith(".partial"))
     if foreign or not (output / "config.yaml").is_file():
@@ -267,8 +271,12 @@ def check_output(
 def open_output(output: Path, resolved: str, *, overwrite: bool) -> None:
     """Make or reopen a checked output folder. Raises OutputError."""
     try:
-        if overwrite and output.exists():
-            shutil.rmtree(output)
+        for entry in output.iterdir() if overwrite and output.exists() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                if entry.name != STAGING:  # the new run's own data
+                    shutil.rmtree(entry)
+            else:
+                entry.unlink()
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "config.yaml", resolved)
     except OSError as error:

@@ -9,40 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moe_vision.config import Config
+from moe_vision.data.config import DataConfig, resolve_data
 from moe_vision.registry import suggest
 
-
-class DataConfig(Config):
-    """path: a LLaVA-format JSON or JSONL file; image paths start at `image_root`, the file's own folder by default.
-
-    synthetic, in place of path: dense captions of, or questions about, so many `scenes` that are drawn when the run
-    begins; `split` says from which range of seeds, the config's `seed` which of them.
-    """
-
-    path: str | None = None
-    image_root: str | None = None
-    synthetic: Literal["captions", "questions"] | None = None
-    scenes: int | None = Field(default=None, ge=1)
-    split: Literal["train", "val", "test"] = "train"
-
-    @model_validator(mode="after")
-    def _has_one_source(self) -> "DataConfig":
-        if (self.path is None) == (self.synthetic is None):
-            raise ValueError("path and synthetic: give exactly one of them")
-        if self.path is not None and (self.scenes is not None or self.split != "train"):
-            raise ValueError("scenes and split say what is drawn, and path is given: leave them out")
-        if self.synthetic is not None and self.image_root is not None:
-            raise ValueError("image_root is where a file's pictures lie, and these are drawn: leave it out")
-        if self.synthetic is not None and self.scenes is None:
-            raise ValueError("synthetic has no number of pictures: add scenes, as 2000")
-        if self.synthetic == "captions" and self.split != "train":
-            raise ValueError(f"split '{self.split}' has no captions: ask for questions, or write split: train")
-        return self
-
-    @property
-    def title(self) -> str:
-        """What a table shows."""
-        return self.path or f"{self.synthetic} of {self.scenes} scenes, {self.split}"
+__all__ = ["DataConfig", "Run", "StageConfig", "TrainConfig", "resolve_paths"]
 
 
 BARE_NUMBERS = {
@@ -250,9 +220,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def in_data(holder: Any, key: str) -> Any:
         data = holder.get(key) if isinstance(holder, dict) else None
-        if not isinstance(data, dict):
-            return holder
-        return {**holder, key: {k: absolute(v) if k in ("path", "image_root") else v for k, v in data.items()}}
+        return {**holder, key: resolve_data(data, folder)} if isinstance(data, dict) else holder
 
     resolved = dict(in_data(values, "test"))
     if isinstance(values.get("model"), str):

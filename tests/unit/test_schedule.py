@@ -35,14 +35,14 @@ def values(**stage: Any) -> dict[str, Any]:
         ({"name": "a/b"}, "letters"),
         ({"warm_up": 1}, "unknown key"),
         ({"precision": "fp8"}, "precision"),
-        ({"data": {}}, "path and synthetic; give exactly one"),
+        ({"data": {}}, "path, synthetic, dataset, mixture; give exactly one"),
         ({"data": {"path": "d.json", "synthetic": "questions", "scenes": 3}}, "give exactly one"),
         ({"data": {"synthetic": "questions"}}, "add scenes, as 2000"),
         ({"data": {"synthetic": "questions", "scenes": 0}}, "greater than or equal to 1"),
         ({"data": {"synthetic": "answers", "scenes": 3}}, "'captions' or 'questions'"),
         ({"data": {"synthetic": "captions", "scenes": 3, "split": "val"}}, "write split: train"),
         ({"data": {"synthetic": "questions", "scenes": 3, "image_root": "d"}}, "image_root is where"),
-        ({"data": {"path": "d.json", "scenes": 3}}, "leave them out"),
+        ({"data": {"path": "d.json", "scenes": 3}}, "leave it out"),
     ],
 )
 def test_wrong_values_are_told_with_their_cure(stage: dict[str, Any], said: str) -> None:

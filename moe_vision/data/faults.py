@@ -1,0 +1,77 @@
+"""What can be wrong with a record, how it is told, and the report on what a run had to leave out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Reason = Literal["format", "markers", "image_missing", "image_broken", "image_size", "too_long"]
+"""Why a record cannot be learnt from. format: not LLaVA's structure; markers: they do not match the images;
+image_missing: no such file; image_broken: not decodable; image_size: a size that the slicing refuses; too_long: more
+tokens than fit."""
+
+SHOWN_PROBLEMS = 10
+
+
+class RecordFault(ValueError):
+    """One thing that is wrong with a record or with one of its pictures."""
+
+    # The reason can be left out because a loader's process hands an error on as its class and one text; only pictures
+    # are read there.
+    def __init__(self, problem: str, reason: Reason = "image_broken") -> None:
+        super().__init__(problem)
+        self.reason: Reason = reason
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record that cannot be learnt from. id: the record's, or its number or line where it has none."""
+
+    id: str
+    reason: Reason
+    problem: str
+
+
+class DataError(ValueError):
+    """Everything that is wrong with one source of data."""
+
+    def __init__(self, source: object, problems: Sequence[str]) -> None:
+        more = len(problems) - SHOWN_PROBLEMS
+        lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
+        lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]] + (
+            [f"  … and {more} more"] if more > 0 else []
+        )
+        super().__init__("\n".join(lines))
+
+
+def problems_of(faults: Sequence[Fault]) -> list[str]:
+    """What to tell of faults; a picture that many records share is told once."""
+    return list(dict.fromkeys(fault.problem for fault in faults))
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one source. read: its records; used: those without a fault; samples: those that a run sees in an
+    epoch, after a mixture's weights or epochs."""
+
+    source: str
+    read: int
+    used: int
+    samples: int
+    skipped: tuple[Fault, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Skipped records by reason, the most frequent first."""
+        return dict(Counter(fault.reason for fault in self.skipped).most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        records = [{"id": fault.id, "reason": fault.reason, "problem": fault.problem} for fault in self.skipped]
+        return {
+            "source": self.source, "read": self.read, "used": self.used, "samples": self.samples,
+            "skipped": self.counts, "records": records,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        return f"{self.source}: {len(self.skipped)} of {self.read} records are skipped ({counts})"

@@ -5,9 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_vision import comparison
@@ -253,3 +255,23 @@ def test_features_are_told_apart_by_what_makes_them() -> None:
     with torch.no_grad():
         expert.weight[0, 0] += 1e-3
     assert features.digest_of(expert, {"size": 1}) != before
+
+
+@pytest.mark.parametrize("setting", [{"on_fault": "skip"}, {"max_length": 64}])
+def test_a_test_is_asked_as_a_whole(tmp_path: Path, setting: dict[str, Any]) -> None:
+    plain = values(tmp_path)
+    plain["test"] |= setting
+    with pytest.raises(ConfigError, match=r"all of the test '.*' is asked"):
+        validate(CompareConfig, plain, source="test")
+
+
+def test_mixers_share_the_pictures_of_a_table(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (20 + i, 30), "red") for i in range(4)]
+    table = datasets.Dataset.from_dict({"picture": pictures, "ask": ["which colour"] * 4, "say": ["red"] * 4})
+    table.save_to_disk(tmp_path / "saved")
+    columns = {"images": "picture", "question": "ask", "answer": "say"}
+    plain = values(tmp_path, data={"dataset": str(tmp_path / "saved"), "columns": columns})
+    plain["stages"][1]["max_steps"] = 1
+    compare(validate(CompareConfig, plain, source="test"), ["channel_concat", "patch_mining"], 1, tmp_path / "out")
+    stored = [path for path in (tmp_path / "out").rglob("pictures/*")]
+    assert len(stored) == 4 and all(path.is_relative_to(tmp_path / "out" / "data") for path in stored)

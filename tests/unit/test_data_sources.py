@@ -209,6 +209,9 @@ def test_a_broken_table_destroys_no_old_output(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="value"):
         train(schedule, output, overwrite=True)
     assert sorted(output.rglob("*")) == before
+    with pytest.raises(DataError, match="value"):
+        train(schedule, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
     table(2).save_to_disk(tmp_path / "good")
     values["stages"][0]["data"]["dataset"] = str(tmp_path / "good")
     train(TrainConfig.model_validate(values), output, overwrite=True)

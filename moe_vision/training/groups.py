@@ -38,25 +38,44 @@ def group_modules(model: MoeVisionForConditionalGeneration) -> dict[str, list[nn
     }
 
 
-def learning_rates(model: MoeVisionForConditionalGeneration, train: Mapping[str, float]) -> dict[str, float]:
+def learning_rates(
+    model: MoeVisionForConditionalGeneration, train: Mapping[str, float], field: str = "train"
+) -> dict[str, float]:
     """Rate of each finest group; `experts` stands for all of them, and `experts.<name>` beats it.
 
-    Raises ValueError for a group that does not exist or holds no parameter.
+    Raises ValueError, which names `field`, for a group that does not exist or holds no parameter.
     """
     groups = parameter_groups(model)
     valid = ["experts", *groups]
     rates: dict[str, float] = {}
     for name, rate in sorted(train.items()):  # `experts` sorts before `experts.<name>`
         if name not in valid:
-            raise ValueError(f"train: unknown group '{name}': {suggest(name, valid)}")
+            raise ValueError(f"{field}: unknown group '{name}': {suggest(name, valid)}")
         members = [group for group in groups if group == name or group.startswith(f"{name}.")]
         if not any(groups[group] for group in members):
             filled = [group for group in groups if groups[group]]
             raise ValueError(
-                f"train: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
+                f"{field}: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
             )
         rates |= {group: rate for group in members if groups[group]}
     return rates
+
+
+def weight_decays(
+    model: MoeVisionForConditionalGeneration, decay: float | Mapping[str, float], rates: Mapping[str, float]
+) -> dict[str, float]:
+    """Weight decay of each finest group that trains, by the rules of `learning_rates`; 0 for one that is not named.
+
+    Raises ValueError for a group that does not exist, holds no parameter, or is frozen.
+    """
+    if not isinstance(decay, Mapping):
+        return dict.fromkeys(rates, decay)
+    for name in decay:
+        if not set(learning_rates(model, {name: 0.0}, "weight_decay")) & set(rates):
+            raise ValueError(f"weight_decay: group '{name}' is frozen; leave it out, or train it "
+                             f"({', '.join(rates)} train)")  # fmt: skip
+    given = learning_rates(model, decay, "weight_decay")
+    return {group: given.get(group, 0.0) for group in rates}
 
 
 def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Mapping[str, float]) -> None:
@@ -67,15 +86,17 @@ def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Mapping[st
 
 
 def optimizer_groups(
-    model: MoeVisionForConditionalGeneration, rates: Mapping[str, float], weight_decay: float
+    model: MoeVisionForConditionalGeneration, rates: Mapping[str, float], weight_decay: float | Mapping[str, float]
 ) -> list[dict[str, object]]:
-    """Groups for torch's optimizers; weight decay falls on matrices only."""
+    """Groups for torch's optimizers, each with its finest group's name; weight decay falls on matrices only. Raises
+    ValueError as `weight_decays`."""
+    decays = weight_decays(model, weight_decay, rates)
     result: list[dict[str, object]] = []
     groups = parameter_groups(model)
     for group, rate in rates.items():
         matrices = [parameter for _, parameter in groups[group] if parameter.ndim > 1]
         vectors = [parameter for _, parameter in groups[group] if parameter.ndim <= 1]
-        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
+        for parameters, decay in ((matrices, decays[group]), (vectors, 0.0)):
             if parameters:
-                result.append({"params": parameters, "lr": rate, "weight_decay": decay})
+                result.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": group})
     return result

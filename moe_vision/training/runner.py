@@ -4,9 +4,11 @@ OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every l
 OUTPUT/state.json   runs that are finished         OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
 OUTPUT/model/       the finished model, a Hugging Face folder
 OUTPUT/data/        pictures that the config has drawn
+OUTPUT/curves/      a picture of each run's curves OUTPUT/environment.json  versions, commit and device of every start
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence, Set
@@ -26,14 +28,22 @@ from moe_vision.data.records import Record
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
-from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
+from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
+from moe_vision.training.checkpoints import remove_leftovers, sync_tree, write_atomically, writing
+from moe_vision.training.curves import write_curves
 from moe_vision.training.data import records_of
 from moe_vision.training.features import FeatureCache, stage_inputs
-from moe_vision.training.groups import freeze_all_but, learning_rates
+from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
+from moe_vision.training.interrupts import Preemption
+from moe_vision.training.provenance import record_environment
+from moe_vision.training.recompute import checkpointed_groups, recompute_in
+from moe_vision.training.reporting import check_reporters
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
 
-OWN_NAMES = frozenset({"config.yaml", "state.json", "metrics.jsonl", "runs", "model", "data"})
+OWN_NAMES = frozenset(
+    {"config.yaml", "state.json", "metrics.jsonl", "runs", "model", "data", "environment.json", "curves"}
+)
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
 
 
@@ -68,19 +78,27 @@ def train(
     if (output / "model").is_dir() and not overwrite:
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
+    check_reporters(config.report_to)
     data = {name: stage_data(stage) for name, stage in config.runs()}
     own = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is None}
     set_seed(config.seed)
     model, processor = compose(composition)
     rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
+    for name, stage in config.runs():  # what is wrong in a later stage is told now
+        weight_decays(model, stage.weight_decay, rates[name])
+        checkpointed_groups(model, stage.gradient_checkpointing, rates[name])
     finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
+    record_environment(output / "environment.json")
     drawn = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is not None}
     records = own | drawn
+    steps = ScheduleSteps({name: steps_of(stage, len(records[name])) for name, stage in config.runs()})
     if finished:
         model, _ = load(output / "runs" / finished[-1] / "done")
         compile_experts(model, composition)
     for number, (name, stage) in enumerate(config.runs(), start=1):
         if name in finished:
+            for checkpoint in (output / "runs" / name).glob("checkpoint-*"):  # a kill may have come before this
+                shutil.rmtree(checkpoint)
             continue
         position = f"[{number}/{len(config.stages)}]"
         trains, frozen = trained_and_frozen(model, rates[name])
@@ -88,31 +106,50 @@ def train(
             f"{group} ({count:,} parameters, rate {rates[name][group]:g})" for group, count in trains.items()
         )
         console.print(f"{position} {name}: trains {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
-        progress = ScheduleProgress(console, name, position)
+        progress = ScheduleProgress(console, name, position, steps)
         try:
-            run_stage(
-                stage,
-                name,
-                model,
-                processor,
-                records[name],
-                rates[name],
-                output,
-                config.seed + number,
-                progress,
-                cache,
-            )
+            with Preemption() as preemption:
+                run_stage(
+                    stage,
+                    name,
+                    model,
+                    processor,
+                    records[name],
+                    rates[name],
+                    output,
+                    config.seed + number,
+                    progress,
+                    cache,
+                    preemption,
+                    config.report_to,
+                )
         finally:
             progress.close()
-        save(model, processor, output / "runs" / name / "done")
+        write_curves(output / "metrics.jsonl", name, output / "curves")
+        save_synced(model, processor, output / "runs" / name / "done")
         finished.append(name)
         write_atomically(output / "state.json", json.dumps({"finished": finished}))
         for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    save(model, processor, output / "model")
+    save_synced(model, processor, output / "model")
     for name, _ in config.runs():
         shutil.rmtree(output / "runs" / name / "done", ignore_errors=True)
     return output / "model"
+
+
+def save_synced(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
+    """`save`, and nothing that it replaces may go before it is on the disk. Raises WriteError."""
+    with writing("the model", folder):
+        save(model, processor, folder)
+        sync_tree(folder)
+
+
+def steps_of(stage: StageConfig, records: int) -> int:
+    """Optimizer steps of a stage on so many records, as Trainer will count them on one process."""
+    if stage.max_steps is not None:
+        return stage.max_steps
+    batches = math.ceil(records / stage.batch_size)
+    return math.ceil((stage.epochs or 1.0) * max(1, math.ceil(batches / stage.gradient_accumulation)))
 
 
 def stage_data(stage: StageConfig) -> DataConfig:
@@ -126,11 +163,13 @@ def stage_data(stage: StageConfig) -> DataConfig:
 def run_stage(
     stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
     records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
-    cache: FeatureCache | None = None,
+    cache: FeatureCache | None = None, preemption: Preemption | None = None, report_to: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Train one stage in place, from its last checkpoint if there is one."""
     folder = output / "runs" / name
+    remove_leftovers(folder)
     freeze_all_but(model, rates)
+    recompute_in(model, checkpointed_groups(model, stage.gradient_checkpointing, rates))
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1.0,
@@ -139,13 +178,12 @@ def run_stage(
         gradient_accumulation_steps=stage.gradient_accumulation,
         warmup_steps=stage.warmup_ratio,
         lr_scheduler_type="constant_with_warmup" if stage.scheduler == "constant" else stage.scheduler,
-        weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),  # else Trainer refuses bf16 there
         save_steps=stage.save_steps,
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=stage.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         seed=seed,
@@ -154,16 +192,19 @@ def run_stage(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        run_name=name,
+        report_to=list(report_to) or "none",
+        train_sampling_strategy="group_by_length" if stage.group_by_length else "random",
     )
     known = stage_inputs(cast(Any, model).to(arguments.device), processor, records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,
         args=arguments,
         rates=rates,
+        weight_decay=stage.weight_decay,
         train_dataset=ConversationDataset(records, processor, known),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
+        callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss(), preemption or Preemption()],
     )
     quiet = {"PrinterCallback", "ProgressCallback"}
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
@@ -231,16 +272,6 @@ def last_checkpoint(folder: Path) -> str | None:
             return checkpoint
         shutil.rmtree(checkpoint)
     return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def inline_model(path: Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def checkpointed_groups(
         incapable = members & set(rates) - able
         if incapable:
             raise ValueError(f"gradient_checkpointing: '{name}' holds {sorted(incapable)}, which cannot recompute "
-                             f"their activations: name the others one by one ({', '.join(sorted(useful))})")  # fmt: skip
+                             f"their activations: name the others, one by one "
+                             f"({', '.join(sorted(useful))})")  # fmt: skip
         chosen |= members & useful
     return chosen
 

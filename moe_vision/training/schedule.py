@@ -58,7 +58,8 @@ class StageConfig(Config):
     so many steps. weight_decay: one for all, or by group as `train`. gradient_checkpointing: groups whose activations
     are computed again in the backward pass, or true for all that can. group_by_length: batches of records of about the
     same number of tokens, those of images counted. logging_steps: a log every so many steps. data: null where the
-    command line gives it. cache_features: run a frozen vision tower once a picture, where pictures are not sliced and the result fits into `cache_gb`.
+    command line gives it. cache_features: run a frozen vision tower once a picture,
+    where pictures are not sliced and the result fits into `cache_gb`.
     """
 
     name: str

@@ -87,6 +87,12 @@ class GroupTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthSampler(size, [len(text.input_ids) for text in dataset.texts], seed)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, unless all steps are done: from a checkpoint of the last step, in the middle of an epoch,
+        Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """None are counted: nothing reads them, and Trainer walks all parameters for them in each step, which takes a
         twentieth of a miniature's."""

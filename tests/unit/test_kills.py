@@ -29,7 +29,7 @@ TIMED = ("second", "runtime")
 
 
 def config(folder: Path, **stage: Any) -> TrainConfig:
-    values = train_values(folder, max_steps=7, logging_steps=3, batch_size=3, group_by_length=True, **stage)
+    values = train_values(folder, max_steps=4, logging_steps=3, batch_size=3, group_by_length=True, **stage)
     return TrainConfig.model_validate(values)
 
 
@@ -101,7 +101,7 @@ def test_twenty_kills_change_nothing(unbroken: tuple[TrainConfig, Path, float], 
         finished = False
         while not finished:
             process = fork(schedule, output)
-            if kills < KILLS and killed_after(process, chance.uniform(0.1, 0.9) * seconds):
+            if kills < KILLS and killed_after(process, chance.uniform(0.05, 0.7) * seconds):
                 kills += 1
                 assert_nothing_half(output)
                 continue

@@ -467,6 +467,10 @@ def command() -> None:
     debug = "--debug" in sys.argv
     try:
         app()
+    except SystemExit as end:
+        if str(end) != str(end.code):  # training that was told to end says where it stands
+            Console(stderr=True, soft_wrap=True).print(escape(str(end)), highlight=False)
+        raise
     except (ValueError, KeyError, OSError) as error:
         if debug:
             raise

@@ -468,8 +468,8 @@ def command() -> None:
     try:
         app()
     except SystemExit as end:
-        if str(end) != str(end.code):  # training that was told to end says where it stands
-            Console(stderr=True, soft_wrap=True).print(escape(str(end)), highlight=False)
+        if message := getattr(end, "message", None):  # training that was told to end says where it stands
+            Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
         raise
     except (ValueError, KeyError, OSError) as error:
         if debug:

@@ -500,6 +500,10 @@ def command() -> None:
     debug = "--debug" in sys.argv
     try:
         app()
+    except SystemExit as end:
+        if message := getattr(end, "message", None):  # training that was told to end says where it stands
+            Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
+        raise
     except (ValueError, KeyError, OSError) as error:
         if debug:
             raise

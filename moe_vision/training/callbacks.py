@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,35 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from moe_vision.training.checkpoints import write_atomically
+
+
+@dataclass
+class ScheduleSteps:
+    """Steps of every run of a schedule, in order, as far as they are known before it begins: None where not."""
+
+    of_run: dict[str, int | None]
+
+    def total(self) -> int:
+        """Steps of the whole schedule; a run of unknown length counts as the mean of the others."""
+        known = [steps for steps in self.of_run.values() if steps is not None]
+        guess = statistics.mean(known) if known else 0
+        return round(sum(guess if steps is None else steps for steps in self.of_run.values()))
+
+    def before(self, run: str) -> int:
+        """Steps of the runs before this one."""
+        names = list(self.of_run)
+        return ScheduleSteps({name: self.of_run[name] for name in names[: names.index(run)]}).total()
+
 
 class ScheduleProgress(TrainerCallback):
-    """One bar for each run; without a terminal, a line at every tenth of a run."""
+    """A bar over the whole schedule, with the time that is left of it; without a terminal, a line at every tenth of a
+    run. steps: learns from each run how long it really is."""
 
-    def __init__(self, console: Console, run: str, position: str) -> None:
+    def __init__(self, console: Console, run: str, position: str, steps: ScheduleSteps | None = None) -> None:
         self.console, self.run, self.position = console, run, position
+        self.steps = steps or ScheduleSteps({run: None})
+        self.resumed_at = 0
         self.loss = float("nan")
         self.started = time.perf_counter()
         self.progress = Progress(
@@ -34,20 +58,34 @@ class ScheduleProgress(TrainerCallback):
         self.task = self.progress.add_task(f"{position} {run}", loss=self.loss)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.steps.of_run[self.run] = state.max_steps
+        self.resumed_at, self.started = state.global_step, time.perf_counter()
+        self.progress.update(self.task, total=self.steps.total(), completed=self.steps.before(self.run))
+        self.progress.update(self.task, completed=self.completed(state))
         self.progress.start()
+
+    def completed(self, state: Any) -> int:
+        """Steps of the schedule that are done."""
+        return self.steps.before(self.run) + state.global_step
+
+    def seconds_left(self, state: Any) -> float:
+        """Of the whole schedule, at the pace of this run since it began or went on."""
+        done = state.global_step - self.resumed_at
+        left = self.steps.total() - self.completed(state)
+        return (time.perf_counter() - self.started) / done * left if done else math.nan
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step, loss=self.loss)
+        self.progress.update(self.task, completed=self.completed(state), loss=self.loss)
         tenth = max(1, state.max_steps // 10)
         if not self.console.is_terminal and (state.global_step % tenth == 0 or state.global_step == state.max_steps):
             seconds = time.perf_counter() - self.started
             loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
             self.console.print(
-                f"{self.position} {self.run}: step {state.global_step}/{state.max_steps}{loss}, {seconds:.0f} s",
+                f"{self.position} {self.run}: step {state.global_step}/{state.max_steps}{loss}, {seconds:.0f} s; "
+                f"schedule: about {self.seconds_left(state):.0f} s left",
                 highlight=False,
             )
 
@@ -87,16 +125,15 @@ class MetricsFile(TrainerCallback):
         self.last = time.perf_counter()
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text(
-                "".join(line for line in lines if self.stands(line, state.global_step)), encoding="utf-8"
-            )
+            write_atomically(self.path, "".join(line for line in lines if self.stands(line, state.global_step)))
 
     def stands(self, line: str, step: int) -> bool:
-        """Whether a line is whole, and of another run or of a step that is not done again."""
+        """Whether a line is whole, and of another run or of a step that is not done again; a run's summary is always
+        written again."""
         if not line.endswith("\n"):
             return False
         values = json.loads(line)
-        return values["run"] != self.run or values["step"] <= step
+        return values["run"] != self.run or (values["step"] <= step and "train_loss" not in values)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         values = {"run": self.run, "step": state.global_step, **(logs or {})}

@@ -54,10 +54,26 @@ def parameter_groups(
     return groups
 
 
-def learning_rates(model: MoeVisionForConditionalGeneration, train: Mapping[str, float]) -> dict[str, float]:
+def group_modules(model: MoeVisionForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The modules of each expert and of the three other kinds; the language model's head has no mode of its own and is
+    left out."""
+    inner = model.model
+    modules: dict[str, list[nn.Module]] = {
+        f"experts.{name}": [module] for name, module in inner.vision_tower.experts.items()
+    }
+    return modules | {
+        "mixers": [inner.vision_tower.mixers],
+        "adapters": [module for module in (inner.multi_modal_projector, inner.selector) if module is not None],
+        "language_model": [inner.language_model],
+    }
+
+
+def learning_rates(
+    model: MoeVisionForConditionalGeneration, train: Mapping[str, float], field: str = "train"
+) -> dict[str, float]:
     """Rate of each group; `experts` stands for all of them, and the longer of two names that hold a parameter wins.
 
-    Raises ValueError for a group that does not exist or holds no parameter.
+    Raises ValueError, which names `field`, for a group that does not exist or holds no parameter.
     """
     every_expert = {f"experts.{name}": rate for name in model.model.vision_tower.experts
                     if (rate := train.get("experts")) is not None}  # fmt: skip
@@ -69,16 +85,16 @@ def learning_rates(model: MoeVisionForConditionalGeneration, train: Mapping[str,
             continue
         if name not in coarse:
             raise ValueError(
-                f"train: unknown group '{name}': {suggest(name, nearby(name, paths) or ['experts', *coarse])}"
+                f"{field}: unknown group '{name}': {suggest(name, nearby(name, paths) or ['experts', *coarse])}"
             )
         filled = [group for group in coarse if coarse[group]]
         raise ValueError(
-            f"train: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
+            f"{field}: group '{name}' has no parameter in this model; leave it out ({', '.join(filled)} have)"
         )
     for name, members in parameter_groups(model, rates).items():
         if name in rates and not members:
             inner = [other for other in rates if other != name and within(other, name)]
-            raise ValueError(f"train: all of group '{name}' is in {inner}, which have their own rates: leave it out")
+            raise ValueError(f"{field}: all of group '{name}' is in {inner}, which have their own rates: leave it out")
     return rates
 
 
@@ -110,16 +126,36 @@ def modes_of(module: nn.Module, parent: bool = True) -> Iterator[tuple[nn.Module
         yield from modes_of(child, mode)
 
 
+def weight_decays(
+    model: MoeVisionForConditionalGeneration, decay: float | Mapping[str, float], rates: Mapping[str, float]
+) -> dict[str, float]:
+    """Weight decay of each group that trains: one for all, or that of the longest name that holds it, else 0.
+
+    Raises ValueError for a group that does not exist, holds no parameter, is frozen, or is only a part of one.
+    """
+    if not isinstance(decay, Mapping):
+        return dict.fromkeys(rates, decay)
+    learning_rates(model, decay, "weight_decay")
+    for name in decay:
+        if not any(within(group, name) for group in rates):
+            raise ValueError(f"weight_decay: group '{name}' is frozen; leave it out, or train it "
+                             f"({', '.join(rates)} train)")  # fmt: skip
+    named = {group: [name for name in decay if within(group, name)] for group in rates}
+    return {group: decay[max(names, key=len)] if names else 0.0 for group, names in named.items()}
+
+
 def optimizer_groups(
-    model: MoeVisionForConditionalGeneration, rates: Mapping[str, float], weight_decay: float
+    model: MoeVisionForConditionalGeneration, rates: Mapping[str, float], weight_decay: float | Mapping[str, float]
 ) -> list[dict[str, object]]:
-    """Groups for torch's optimizers; weight decay falls on matrices only."""
+    """Groups for torch's optimizers, each with its name as `group`; weight decay falls on matrices only. Raises
+    ValueError as `weight_decays`."""
+    decays = weight_decays(model, weight_decay, rates)
     result: list[dict[str, object]] = []
     groups = parameter_groups(model, rates)
     for group, rate in rates.items():
         matrices = [parameter for _, parameter in groups[group] if parameter.ndim > 1]
         vectors = [parameter for _, parameter in groups[group] if parameter.ndim <= 1]
-        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
+        for parameters, decay in ((matrices, decays[group]), (vectors, 0.0)):
             if parameters:
-                result.append({"params": parameters, "lr": rate, "weight_decay": decay})
+                result.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": group})
     return result

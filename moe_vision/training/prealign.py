@@ -4,7 +4,6 @@ Each expert trains by itself, with a projector of its own, by next-token predict
 the projector is thrown away. What is kept is the expert, in a file that any config takes as `pretrained`.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from moe_vision.experts import Expert
 from moe_vision.experts.weights import load_expert_weights
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.training.checkpoints import sync, writing
 from moe_vision.training.schedule import StageConfig
 
 
@@ -71,10 +71,10 @@ def save_expert(model: MoeVisionForConditionalGeneration, name: str, path: Path,
     state = {f"{prefix}{key}": value.detach().cpu().contiguous() for key, value in expert.model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    save_file(state, temporary, metadata={"format": "pt", "aligned_by": digest})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(f"expert '{name}'", path.parent):
+        save_file(state, temporary, metadata={"format": "pt", "aligned_by": digest})
+        sync(temporary)
+        temporary.replace(path)
 
 
 def load_aligned(model: MoeVisionForConditionalGeneration, name: str, path: Path, digest: str) -> None:

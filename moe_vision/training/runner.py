@@ -3,6 +3,7 @@
 OUTPUT/config.yaml  the resolved config            OUTPUT/metrics.jsonl  every log
 OUTPUT/model/       the finished model             OUTPUT/runs/01-…/     checkpoints, and the run's own `done/` model
 OUTPUT/experts/     those aligned by themselves    OUTPUT/data/          pictures that were drawn, or lay in tables
+OUTPUT/curves/      a picture of each run's curves OUTPUT/environment.json  versions, commit and device of every start
 OUTPUT/data_report.json  what was read, and every record that was skipped
 """
 
@@ -28,16 +29,25 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import suggest
-from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
+from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
+from moe_vision.training.checkpoints import remove_leftovers, sync_tree, write_atomically, writing
+from moe_vision.training.curves import write_curves
 from moe_vision.training.data import STAGING, read_stages, report_of, settle, skipped_lines, staged
 from moe_vision.training.features import FeatureCache, stage_inputs
-from moe_vision.training.groups import freeze_all_but, learning_rates
+from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
+from moe_vision.training.interrupts import Preemption
 from moe_vision.training.prealign import aligned_file, alone, load_aligned, save_expert
+from moe_vision.training.provenance import record_environment
+from moe_vision.training.recompute import checkpointed_groups, recompute_in
+from moe_vision.training.reporting import check_reporters
 from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
-from moe_vision.training.turns import steps_per_epoch, turns_of
+from moe_vision.training.turns import steps_per_epoch, total_steps, turns_of
 
-OWN_NAMES = frozenset({"config.yaml", "metrics.jsonl", "runs", "experts", "model", "data", "data_report.json"})
+OWN_NAMES = frozenset({
+    "config.yaml", "metrics.jsonl", "runs", "experts", "model", "data", "data_report.json", "environment.json",
+    "curves",
+})  # fmt: skip
 """What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
 
 
@@ -74,6 +84,7 @@ def train(
     if (output / "model").is_dir() and not overwrite:
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
+    check_reporters(config.report_to)
     runs = config.runs(list(composition.experts))
     check_only(only, runs)
     for run in runs:
@@ -88,42 +99,62 @@ def train(
         open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
         target = settle(folder, output)
     samples = {name: own.moved(folder, target) for name, own in samples.items()}
+    record_environment(output / "environment.json")
     write_atomically(output / "data_report.json", report_of(samples))
     for line in skipped_lines(samples, output / "data_report.json"):
         console.print(line, highlight=False)
     digest = hashlib.sha256(resolved.encode()).hexdigest()
+    processes = PartialState().num_processes
+    steps = ScheduleSteps(
+        {run.name: total_steps(len(samples[run.name].items), run.stage, processes) for run in runs
+         if not is_finished(output, run) and (not only or run.name in only)}
+    )  # fmt: skip
     stood = True  # whether `model` is what the runs so far have made
     for number, run in enumerate(runs, start=1):
         if is_finished(output, run):
+            remove_checkpoints(output, run)  # a kill may have come before this
             stood = False
             continue
         if only and run.name not in only:
             continue
-        own, position = samples[run.name], f"[{number}/{len(runs)}]"
+        own = samples[run.name]
+        progress = ScheduleProgress(console, run.name, f"[{number}/{len(runs)}]", steps)
         if run.expert is None:
             if not stood:
                 model = stand(output, runs[: number - 1], composition, model, digest)
-            run_and_show(run, model, processor, own, output, config.seed + number, position, console, cache)
+            run_and_show(run, model, processor, own, output, config, number, progress, cache)
             stood = True
-            save(model, processor, output / "runs" / run.name / "done")
+            save_synced(model, processor, output / "runs" / run.name / "done")
         else:
             set_seed(config.seed)
             single, its_processor = compose(alone(composition, run.expert))
             own = own.tokenised_by(its_processor)
-            run_and_show(run, single, its_processor, own, output, config.seed + number, position, console, cache)
+            run_and_show(run, single, its_processor, own, output, config, number, progress, cache)
             stood = False
             save_expert(single, run.expert, aligned_file(output, run.expert), digest)
-        for checkpoint in (output / "runs" / run.name).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        remove_checkpoints(output, run)
     if missing := [run.name for run in runs if not is_finished(output, run)]:
         console.print(f"{', '.join(only)}: finished; still to do: {', '.join(missing)}", highlight=False)
         return output
     if not stood:
         model = stand(output, runs, composition, model, digest)
-    save(model, processor, output / "model")
+    save_synced(model, processor, output / "model")
     for run in runs:
         shutil.rmtree(output / "runs" / run.name / "done", ignore_errors=True)
     return output / "model"
+
+
+def remove_checkpoints(output: Path, run: Run) -> None:
+    """Those of a finished run."""
+    for checkpoint in (output / "runs" / run.name).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def save_synced(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
+    """`save`, and nothing that it replaces may go before it is on the disk. Raises WriteError."""
+    with writing("the model", folder):
+        save(model, processor, folder)
+        sync_tree(folder)
 
 
 def check_only(only: Sequence[str], runs: Sequence[Run]) -> None:
@@ -160,28 +191,33 @@ def stand(
 
 
 def check_groups(run: Run, composition: ModelConfig) -> None:
-    """Raise ValueError for a group that the run's model does not have, before weights load."""
+    """Raise ValueError for a group of any setting that the run's model does not have, before weights load."""
     config = composition if run.expert is None else alone(composition, run.expert)
     with torch.device("meta"):
         skeleton = MoeVisionForConditionalGeneration(config.hf_config())
     turns_of(run.stage, skeleton, 1)
+    rates = learning_rates(skeleton, run.stage.rates)
+    weight_decays(skeleton, run.stage.weight_decay, rates)
+    checkpointed_groups(skeleton, run.stage.gradient_checkpointing, rates)
 
 
 def run_and_show(
     run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, samples: Samples,
-    output: Path, seed: int, position: str, console: Console, cache: FeatureCache | None,
+    output: Path, config: TrainConfig, number: int, progress: ScheduleProgress, cache: FeatureCache | None,
 ) -> None:  # fmt: skip
-    """Train one run, with a line before and a bar while it lasts."""
+    """Train one run, with a line before, a bar while it lasts, and curves after it. Raises Preempted on SIGTERM."""
     rates = learning_rates(model, run.stage.rates)
     trains, frozen = trained_and_frozen(model, rates)
     shown = ", ".join(f"{group} ({count:,} parameters, rate {rates[group]:g})" for group, count in trains.items())
     how = "trains in turn" if run.stage.alternate is not None else "trains"
-    console.print(f"{position} {run.name}: {how} {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
-    progress = ScheduleProgress(console, run.name, position)
+    still = ", ".join(frozen) or "nothing"
+    progress.console.print(f"{progress.position} {run.name}: {how} {shown}; frozen: {still}", highlight=False)
     try:
-        run_stage(run.stage, run.name, model, processor, samples, rates, output, seed, progress, cache)
+        with Preemption() as preemption:
+            run_stage(run, model, processor, samples, rates, output, config, number, progress, preemption, cache)
     finally:
         progress.close()
+    write_curves(output / "metrics.jsonl", run.name, output / "curves")
 
 
 def stage_data(stage: StageConfig) -> DataConfig:
@@ -193,13 +229,15 @@ def stage_data(stage: StageConfig) -> DataConfig:
 
 
 def run_stage(
-    stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
-    samples: Samples, rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
-    cache: FeatureCache | None = None,
+    run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, samples: Samples,
+    rates: dict[str, float], output: Path, config: TrainConfig, number: int, progress: ScheduleProgress,
+    preemption: Preemption, cache: FeatureCache | None,
 ) -> None:  # fmt: skip
-    """Train one stage in place, from its last checkpoint if there is one."""
-    folder = output / "runs" / name
+    """Train one run in place, from its last checkpoint if there is one."""
+    stage, folder, seed = run.stage, output / "runs" / run.name, config.seed + number
+    remove_leftovers(folder)
     freeze_all_but(model, rates)
+    recompute_in(model, checkpointed_groups(model, stage.gradient_checkpointing, rates))
     turns = turns_of(stage, model, steps_per_epoch(len(samples.items), stage, PartialState().num_processes))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -209,13 +247,12 @@ def run_stage(
         gradient_accumulation_steps=stage.gradient_accumulation,
         warmup_steps=stage.warmup_ratio,
         lr_scheduler_type="constant_with_warmup" if stage.scheduler == "constant" else stage.scheduler,
-        weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),  # else Trainer refuses bf16 there
         save_steps=stage.save_steps,
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=stage.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         seed=seed,
@@ -225,7 +262,9 @@ def run_stage(
         remove_unused_columns=False,
         ddp_find_unused_parameters=turns.alternate,  # those whose turn it is not
         disable_tqdm=True,
-        report_to="none",
+        run_name=run.name,
+        report_to=config.report_to or "none",
+        train_sampling_strategy="group_by_length" if stage.group_by_length else "random",
     )
     known = stage_inputs(cast(Any, model).to(arguments.device), processor, samples.records, stage, rates, cache)
     trainer = GroupTrainer(
@@ -233,9 +272,10 @@ def run_stage(
         args=arguments,
         rates=rates,
         turns=turns,
+        weight_decay=stage.weight_decay,
         train_dataset=ConversationDataset(samples.records, processor, known, samples.texts),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[progress, MetricsFile(output / "metrics.jsonl", name), FiniteLoss()],
+        callbacks=[progress, MetricsFile(output / "metrics.jsonl", run.name), FiniteLoss(), preemption],
     )
     quiet = {"PrinterCallback", "ProgressCallback"}
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
@@ -305,16 +345,6 @@ def last_checkpoint(folder: Path) -> str | None:
             return checkpoint
         shutil.rmtree(checkpoint)
     return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def inline_model(path: Path) -> dict[str, Any]:

@@ -76,8 +76,11 @@ class StageConfig(Config):
     each expert by itself, before they are fused, with the language model frozen (Eagle, arXiv 2408.15998, section 3.4).
 
     epochs or max_steps: one of them. warmup_ratio: share of the steps, below 1. save_steps: a checkpoint every
-    so many steps. data: null where the command line gives it. cache_features: run a frozen vision tower once a
-    picture, where pictures are not sliced and the result fits into `cache_gb`.
+    so many steps. weight_decay: one for all, or by group as `train`. gradient_checkpointing: groups whose activations
+    are computed again in the backward pass, or true for all that can. group_by_length: batches of records of about the
+    same number of tokens, those of images counted. logging_steps: a log every so many steps. data: null where the
+    command line gives it. cache_features: run a frozen vision tower once a picture, where pictures are not sliced and
+    the result fits into `cache_gb`.
     """
 
     name: str
@@ -91,9 +94,12 @@ class StageConfig(Config):
     gradient_accumulation: int = Field(default=1, ge=1)
     warmup_ratio: float = 0.03
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float | dict[str, float] = 0.0
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool | list[str] = False
+    group_by_length: bool = False
+    logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=500, ge=1)
     num_workers: int = Field(default=0, ge=0)
     cache_features: bool = True
@@ -125,6 +131,14 @@ class StageConfig(Config):
                 if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
                     raise ValueError(f"'{name}' and '{other}' are in two turns: a group has one rate and one turn")
         return turns
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _decays_are_decays(cls, decay: float | dict[str, float]) -> float | dict[str, float]:
+        for group, value in decay.items() if isinstance(decay, dict) else [("all groups", decay)]:
+            if not 0 <= value <= 1:
+                raise ValueError(f"weight decay {value} of '{group}' is out of range: write one from 0 to 1, as 0.01")
+        return decay
 
     @field_validator("warmup_ratio")
     @classmethod
@@ -172,11 +186,15 @@ class Run:
 
 
 class TrainConfig(Config):
-    """A model and the stages that train it. model: path of a model config, from this file's folder, or its content."""
+    """A model and the stages that train it. model: path of a model config, from this file's folder, or its content.
+
+    report_to: services that transformers' Trainer knows, as tensorboard or wandb, which get the logs too.
+    """
 
     model: str | dict[str, Any]
     stages: list[StageConfig] = Field(min_length=1)
     seed: int = 0
+    report_to: list[str] = []
 
     @field_validator("stages")
     @classmethod

@@ -1,0 +1,83 @@
+"""Files and folders that are written whole or not at all, whatever ends the process: a kill, a full disk, a fault."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "inline_container", "file write failed", "unexpected pos")
+"""What torch's RuntimeErrors say when a file could not be written; it raises no OSError then."""
+
+
+class WriteError(OSError):
+    """Something could not be written; what had been written before still stands."""
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Raise WriteError, with the folder and a cure, where a write in this block fails."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and not any(said in str(error) for said in TORCH_WRITE_FAULTS):
+            raise
+        raise WriteError(f"{what} cannot be written below '{folder}' ({error}): make room there, or raise the stage's "
+                         "save_steps, and give the same command again; it goes on from the last checkpoint"
+                         ) from error  # fmt: skip
+
+
+def sync(path: Path) -> None:
+    """Have the system bring a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` everything below a folder, files before the folders that name them."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(parent) / name)
+        sync(Path(parent))
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Rename a finished folder to its name, after its content is on the disk; a whole one that is there stays, and
+    `made` goes."""
+    if target.is_dir():
+        shutil.rmtree(made)
+        return
+    sync_tree(made)
+    made.rename(target)
+    sync(target.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Take away the `.….partial` files and folders that a kill left in a folder."""
+    for leftover in folder.glob(".*.partial"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()

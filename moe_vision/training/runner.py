@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,7 +28,8 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress
-from moe_vision.training.data import records_of
+from moe_vision.training.data import on_disk, records_of
+from moe_vision.training.distributed import main_console, on_main, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig, resolve_paths
@@ -61,11 +63,15 @@ def train(
     cache: shares what frozen experts made of pictures with other runs over the same ones. Raises OutputError,
     ConfigError, DataError or WeightsError before any step is taken.
     """
-    console = console or Console()
+    console = main_console(console)
     composition = model_config(config)
     resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False)
-    check_output(output, resolved, overwrite=overwrite)
-    if (output / "model").is_dir() and not overwrite:
+
+    def is_finished() -> bool:
+        check_output(output, resolved, overwrite=overwrite)
+        return (output / "model").is_dir() and not overwrite
+
+    if on_main(is_finished):
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
     data = {name: stage_data(stage) for name, stage in config.runs()}
@@ -73,7 +79,9 @@ def train(
     set_seed(config.seed)
     model, processor = compose(composition)
     rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
-    finished = open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
+    # An old run goes only now that all else is in order.
+    finished = on_main(lambda: open_output(output, resolved, overwrite=overwrite))
+    on_main(lambda: [on_disk(d, output / "data", config.seed) for d in data.values()])
     drawn = {n: records_of(d, output / "data", config.seed) for n, d in data.items() if d.synthetic is not None}
     records = own | drawn
     if finished:
@@ -90,7 +98,7 @@ def train(
         console.print(f"{position} {name}: trains {shown}; frozen: {', '.join(frozen) or 'nothing'}", highlight=False)
         progress = ScheduleProgress(console, name, position)
         try:
-            run_stage(
+            weights = run_stage(
                 stage,
                 name,
                 model,
@@ -104,15 +112,33 @@ def train(
             )
         finally:
             progress.close()
-        save(model, processor, output / "runs" / name / "done")
         finished.append(name)
-        write_atomically(output / "state.json", json.dumps({"finished": finished}))
-        for checkpoint in (output / "runs" / name).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        on_main(partial(finish_stage, model, processor, output, finished, weights))
+        if weights is not None:  # this model has fallen into shards
+            model, _ = load(output / "runs" / name / "done")
+            compile_experts(model, composition)
+    on_main(partial(finish_run, model, processor, output, config))
+    return output / "model"
+
+
+def finish_stage(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, output: Path, finished: list[str],
+    weights: dict[str, torch.Tensor] | None,
+) -> None:  # fmt: skip
+    """Keep the model of the last finished run, or the `weights` that were gathered for it, and drop its checkpoints."""
+    folder = output / "runs" / finished[-1]
+    save(model, processor, folder / "done", weights)
+    write_atomically(output / "state.json", json.dumps({"finished": finished}))
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def finish_run(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, output: Path, config: TrainConfig
+) -> None:
     save(model, processor, output / "model")
     for name, _ in config.runs():
         shutil.rmtree(output / "runs" / name / "done", ignore_errors=True)
-    return output / "model"
 
 
 def stage_data(stage: StageConfig) -> DataConfig:
@@ -127,8 +153,9 @@ def run_stage(
     stage: StageConfig, name: str, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
     records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
     cache: FeatureCache | None = None,
-) -> None:  # fmt: skip
-    """Train one stage in place, from its last checkpoint if there is one."""
+) -> dict[str, torch.Tensor] | None:  # fmt: skip
+    """Train one stage in place, from its last checkpoint if there is one. Where it ends in shards, returns the gathered
+    weights, which are whole in the main process."""
     folder = output / "runs" / name
     freeze_all_but(model, rates)
     arguments = TrainingArguments(
@@ -168,11 +195,13 @@ def run_stage(
     quiet = {"PrinterCallback", "ProgressCallback"}
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
         trainer.remove_callback(callback)
-    checkpoint = last_checkpoint(folder)
+    shard_sensibly(trainer, model, rates)
+    checkpoint = on_main(lambda: last_checkpoint(folder))
     if checkpoint is not None:
         check_keys(Path(checkpoint), model)
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
+    return whole_weights(trainer)
 
 
 def check_output(

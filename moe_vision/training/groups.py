@@ -69,12 +69,13 @@ def freeze_all_but(model: MoeVisionForConditionalGeneration, trained: Mapping[st
 def optimizer_groups(
     model: MoeVisionForConditionalGeneration, rates: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, object]]:
-    """Groups for torch's optimizers; weight decay falls on matrices only."""
+    """Groups for torch's optimizers, of what has gradients; weight decay falls on matrices only."""
     result: list[dict[str, object]] = []
     groups = parameter_groups(model)
     for group, rate in rates.items():
-        matrices = [parameter for _, parameter in groups[group] if parameter.ndim > 1]
-        vectors = [parameter for _, parameter in groups[group] if parameter.ndim <= 1]
+        trained = [parameter for _, parameter in groups[group] if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim > 1]
+        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
         for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
             if parameters:
                 result.append({"params": parameters, "lr": rate, "weight_decay": decay})

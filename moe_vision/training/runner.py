@@ -32,6 +32,7 @@ from moe_vision.training.data import on_disk, records_of
 from moe_vision.training.distributed import main_console, on_main, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates
+from moe_vision.training.lora import add_lora, check_lora, merge, merged
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig, resolve_paths
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
 
@@ -79,6 +80,8 @@ def train(
     set_seed(config.seed)
     model, processor = compose(composition)
     rates = {name: learning_rates(model, stage.train) for name, stage in config.runs()}
+    for _, stage in config.runs():
+        check_lora(model, stage)
     # An old run goes only now that all else is in order.
     finished = on_main(lambda: open_output(output, resolved, overwrite=overwrite))
     on_main(lambda: [on_disk(d, output / "data", config.seed) for d in data.values()])
@@ -91,6 +94,8 @@ def train(
         if name in finished:
             continue
         position = f"[{number}/{len(config.stages)}]"
+        freeze_all_but(model, rates[name])
+        tuner = add_lora(model, stage.lora, config.seed + number)
         trains, frozen = trained_and_frozen(model, rates[name])
         shown = ", ".join(
             f"{group} ({count:,} parameters, rate {rates[name][group]:g})" for group, count in trains.items()
@@ -112,6 +117,10 @@ def train(
             )
         finally:
             progress.close()
+        if weights is not None and stage.lora is not None:
+            weights = merged(weights, stage.lora)
+        elif tuner is not None:
+            merge(model, tuner)
         finished.append(name)
         on_main(partial(finish_stage, model, processor, output, finished, weights))
         if weights is not None:  # this model has fallen into shards
@@ -154,10 +163,9 @@ def run_stage(
     records: Sequence[Record], rates: dict[str, float], output: Path, seed: int, progress: ScheduleProgress,
     cache: FeatureCache | None = None,
 ) -> dict[str, torch.Tensor] | None:  # fmt: skip
-    """Train one stage in place, from its last checkpoint if there is one. Where it ends in shards, returns the gathered
-    weights, which are whole in the main process."""
+    """Train what has gradients in place, from the stage's last checkpoint if there is one. Where that ends in shards,
+    returns the gathered weights, which are whole in the main process."""
     folder = output / "runs" / name
-    freeze_all_but(model, rates)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1.0,

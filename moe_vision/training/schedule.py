@@ -50,13 +50,26 @@ BARE_NUMBERS = {
 """Fields that are easily given a unit, and what to write instead."""
 
 
+class LoraSettings(Config):
+    """Adapters of the language model's linear layers, scaled by alpha / rank; their rate is `train.language_model`.
+
+    target_modules: names of layers, as [q_proj, v_proj]; null is every linear layer of the language model's blocks.
+    """
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+
+
 class StageConfig(Config):
     """One run of training.
 
     train: learning rate by group: `experts` or `experts.<name>`, `mixers`, `adapters`, `language_model`; all else is
     frozen. epochs or max_steps: one of them. warmup_ratio: share of the steps, below 1. save_steps: a checkpoint every
     so many steps. data: null where the command line gives it. cache_features: run a frozen vision tower once a
-    picture, where pictures are not sliced and the result fits into `cache_gb`.
+    picture, where pictures are not sliced and the result fits into `cache_gb`. lora: adapters of the language model
+    train in its place, and are merged into it at the end of the stage.
     """
 
     name: str
@@ -75,6 +88,7 @@ class StageConfig(Config):
     num_workers: int = Field(default=0, ge=0)
     cache_features: bool = True
     cache_gb: float = Field(default=1.0, gt=0)
+    lora: LoraSettings | None = None
 
     @field_validator("name")
     @classmethod
@@ -109,6 +123,12 @@ class StageConfig(Config):
                 f"warmup_ratio {ratio} is no share: write the part of all steps, 0 up to but not 1, as 0.03"
             )
         return ratio
+
+    @model_validator(mode="after")
+    def _lora_has_a_rate(self) -> "StageConfig":
+        if self.lora is not None and "language_model" not in self.train:
+            raise ValueError("lora trains the language model, which has no rate: add train.language_model, as 1e-4")
+        return self
 
     @model_validator(mode="after")
     def _has_one_length(self) -> "StageConfig":

@@ -40,7 +40,10 @@ class GroupTrainer(Trainer):
 
 
 def trained_and_frozen(model: Any, rates: Mapping[str, float]) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameter counts of the groups that train and of those that do not."""
-    counts = {group: sum(p.numel() for _, p in members) for group, members in parameter_groups(model).items()}
+    """Parameter counts of the groups that train, of what has gradients in them, and of those that do not."""
+    counts = {
+        group: sum(p.numel() for _, p in members if p.requires_grad or group not in rates)
+        for group, members in parameter_groups(model).items()
+    }
     counts = {group: count for group, count in counts.items() if count}
     return {g: c for g, c in counts.items() if g in rates}, {g: c for g, c in counts.items() if g not in rates}

@@ -223,7 +223,7 @@ def train(
     if data is not None:
         train_config = on_file(train_config, data_config(data, image_root))
     folder = run(train_config, output, overwrite=overwrite, console=Console())
-    main_console(Console()).print(f"model: {folder}", highlight=False, soft_wrap=True)
+    main_console(Console()).print(f"model: {folder}", highlight=False, markup=False, soft_wrap=True)
     finish()
 
 

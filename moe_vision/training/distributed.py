@@ -94,17 +94,16 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def is_sharded(trainer: Trainer) -> bool:
-    return trainer.accelerator.distributed_type in SHARDED
-
-
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """All weights by name, gathered from the shards; None where the model is whole in every process. All processes
     must call it; only the main one is sure to get them."""
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded(trainer) else None
+    if trainer.accelerator.distributed_type not in SHARDED:
+        return None
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would load the next stage's model in shards
+    return weights
 
 
 def finish() -> None:
     """Let go of the other processes; the last thing a launched command does."""
-    unset_hf_deepspeed_config()
     PartialState().destroy_process_group()

@@ -248,6 +248,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a schedule, stage by stage. Run it again after a crash and it goes on where it stood."""
+    from moe_vision.training.distributed import finish, main_console
     from moe_vision.training.runner import load_train_config
     from moe_vision.training.runner import train as run
 
@@ -255,7 +256,9 @@ def train(
     if data is not None:
         train_config = on_file(train_config, data_config(data, image_root))
     folder = run(train_config, output, overwrite=overwrite, console=Console(), only=only or [])
-    print(f"model: {folder}" if folder != output else f"output: {folder}")
+    said = f"model: {folder}" if folder != output else f"output: {folder}"
+    main_console(Console()).print(said, highlight=False, markup=False, soft_wrap=True)
+    finish()
 
 
 def data_config(path: Path, image_root: Path | None) -> "DataConfig":

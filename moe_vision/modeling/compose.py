@@ -114,11 +114,14 @@ def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: A
     )
 
 
-def save(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
-    """Write a model folder whole or not at all; one that is there is replaced."""
+def save(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write a model folder whole or not at all; one that is there is replaced. weights: in place of the model's own."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     processor.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -123,7 +123,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
-        if self.path.is_file():
+        if state.is_world_process_zero and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             write_atomically(self.path, "".join(line for line in lines if self.stands(line, state.global_step)))
 
@@ -136,6 +136,8 @@ class MetricsFile(TrainerCallback):
         return values["run"] != self.run or (values["step"] <= step and "train_loss" not in values)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         values = {"run": self.run, "step": state.global_step, **(logs or {})}
         if self.seconds:
             values["step_seconds"] = statistics.median(self.seconds)

@@ -147,14 +147,15 @@ def weight_decays(
 def optimizer_groups(
     model: MoeVisionForConditionalGeneration, rates: Mapping[str, float], weight_decay: float | Mapping[str, float]
 ) -> list[dict[str, object]]:
-    """Groups for torch's optimizers, each with its name as `group`; weight decay falls on matrices only. Raises
-    ValueError as `weight_decays`."""
+    """Groups for torch's optimizers of what has gradients, each with its name as `group`; weight decay falls on
+    matrices only. Raises ValueError as `weight_decays`."""
     decays = weight_decays(model, weight_decay, rates)
     result: list[dict[str, object]] = []
     groups = parameter_groups(model, rates)
     for group, rate in rates.items():
-        matrices = [parameter for _, parameter in groups[group] if parameter.ndim > 1]
-        vectors = [parameter for _, parameter in groups[group] if parameter.ndim <= 1]
+        trained = [parameter for _, parameter in groups[group] if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim > 1]
+        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
         for parameters, decay in ((matrices, decays[group]), (vectors, 0.0)):
             if parameters:
                 result.append({"params": parameters, "lr": rate, "weight_decay": decay, "group": group})

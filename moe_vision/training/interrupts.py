@@ -5,10 +5,21 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from transformers import TrainerCallback
 
 EXIT_CODE = 128 + signal.SIGTERM
 """What a shell reports of a process that SIGTERM ended."""
+
+
+def asked_anywhere(asked: bool) -> bool:
+    """Whether any process of the launch has been told to end."""
+    process = PartialState()
+    if process.num_processes == 1:
+        return asked
+    return bool(reduce(torch.tensor(float(asked), device=process.device), reduction="sum").item())
 
 
 class Preempted(SystemExit):
@@ -59,7 +70,8 @@ class Preemption(TrainerCallback):
         self.stepping = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if asked_anywhere(self.asked):  # all processes have to save at the same step
+            self.asked = True
             control.should_save = True
             control.should_training_stop = True
 

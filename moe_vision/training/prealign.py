@@ -4,9 +4,11 @@ Each expert trains by itself, with a projector of its own, by next-token predict
 the projector is thrown away. What is kept is the expert, in a file that any config takes as `pretrained`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -61,14 +63,23 @@ def aligned_file(output: Path, expert: str) -> Path:
     return output / "experts" / f"{expert}.safetensors"
 
 
-def save_expert(model: MoeVisionForConditionalGeneration, name: str, path: Path, digest: str) -> None:
+def save_expert(
+    model: MoeVisionForConditionalGeneration, name: str, path: Path, digest: str,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write one expert's weights, whole or not at all, by the names of its published checkpoint.
 
-    digest: of the config that it was aligned by, which `load_aligned` compares.
+    digest: of the config that it was aligned by, which `load_aligned` compares. weights: all of the model's, where they
+    had to be gathered from shards. Raises WriteError.
     """
     expert: Any = model.model.vision_tower.experts[name]
-    prefix = expert.config.spec.key_prefix
-    state = {f"{prefix}{key}": value.detach().cpu().contiguous() for key, value in expert.model.state_dict().items()}
+    inner, prefix = f"model.vision_tower.experts.{name}.model.", expert.config.spec.key_prefix
+    every = model.state_dict() if weights is None else weights
+    state = {
+        prefix + key.removeprefix(inner): value.detach().cpu().contiguous()
+        for key, value in every.items()
+        if key.startswith(inner)
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     with writing(f"expert '{name}'", path.parent):

@@ -11,12 +11,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence, Set
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 from safetensors import safe_open
 from transformers import TrainingArguments, set_seed
@@ -24,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
 from moe_vision.data.collate import Collator, ConversationDataset
-from moe_vision.data.samples import Samples, samples_of
+from moe_vision.data.samples import Samples, Source, samples_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
@@ -33,9 +34,11 @@ from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgr
 from moe_vision.training.checkpoints import remove_leftovers, sync_tree, write_atomically, writing
 from moe_vision.training.curves import write_curves
 from moe_vision.training.data import STAGING, read_stages, report_of, settle, skipped_lines, staged
+from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
 from moe_vision.training.interrupts import Preemption
+from moe_vision.training.lora import add_lora, check_lora, merge, merged
 from moe_vision.training.prealign import aligned_file, alone, load_aligned, save_expert
 from moe_vision.training.provenance import record_environment
 from moe_vision.training.recompute import checkpointed_groups, recompute_in
@@ -77,11 +80,15 @@ def train(
     are left. cache: shares what frozen experts made of pictures with other runs over the same ones. Raises OutputError,
     ConfigError, DataError or WeightsError before any step is taken.
     """
-    console = console or Console()
+    console = main_console(console)
     composition = model_config(config)
     resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False)
-    check_output(output, resolved, overwrite=overwrite)
-    if (output / "model").is_dir() and not overwrite:
+
+    def is_done() -> bool:
+        check_output(output, resolved, overwrite=overwrite)
+        return (output / "model").is_dir() and not overwrite
+
+    if on_main(is_done):
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
     check_reporters(config.report_to)
@@ -89,30 +96,18 @@ def train(
     check_only(only, runs)
     for run in runs:
         check_groups(run, composition)
-    data = {run.name: (stage_data(run.stage), run.stage.num_workers) for run in runs}
-    with staged(output, overwrite=overwrite) as folder:
-        read = read_stages(data, folder, config.seed)
-        set_seed(config.seed)
-        model, processor = compose(composition)
-        context = getattr(model.config.text_config, "max_position_embeddings", None)
-        samples = {name: samples_of(sources, processor, context, config.seed) for name, sources in read.items()}
-        open_output(output, resolved, overwrite=overwrite)  # an old run goes only now that all else is in order
-        target = settle(folder, output)
-    samples = {name: own.moved(folder, target) for name, own in samples.items()}
-    record_environment(output / "environment.json")
-    write_atomically(output / "data_report.json", report_of(samples))
-    for line in skipped_lines(samples, output / "data_report.json"):
-        console.print(line, highlight=False)
+    set_seed(config.seed)
+    model, processor, samples = prepare(config, composition, runs, output, resolved, console, overwrite=overwrite)
     digest = hashlib.sha256(resolved.encode()).hexdigest()
-    processes = PartialState().num_processes
+    finished = on_main(lambda: {run.name for run in runs if is_finished(output, run)})
     steps = ScheduleSteps(
-        {run.name: total_steps(len(samples[run.name].items), run.stage, processes) for run in runs
-         if not is_finished(output, run) and (not only or run.name in only)}
+        {run.name: total_steps(len(samples[run.name].items), run.stage, processes().num_processes) for run in runs
+         if run.name not in finished and (not only or run.name in only)}
     )  # fmt: skip
     stood = True  # whether `model` is what the runs so far have made
     for number, run in enumerate(runs, start=1):
-        if is_finished(output, run):
-            remove_checkpoints(output, run)  # a kill may have come before this
+        if run.name in finished:
+            on_main(partial(remove_checkpoints, output, run))  # a kill may have come before this
             stood = False
             continue
         if only and run.name not in only:
@@ -122,26 +117,74 @@ def train(
         if run.expert is None:
             if not stood:
                 model = stand(output, runs[: number - 1], composition, model, digest)
-            run_and_show(run, model, processor, own, output, config, number, progress, cache)
-            stood = True
-            save_synced(model, processor, output / "runs" / run.name / "done")
+            weights = run_and_show(run, model, processor, own, output, config, number, progress, cache)
+            on_main(partial(save_synced, model, processor, output / "runs" / run.name / "done", weights))
+            stood = weights is None  # else this model has fallen into shards
         else:
             set_seed(config.seed)
             single, its_processor = compose(alone(composition, run.expert))
             own = own.tokenised_by(its_processor)
-            run_and_show(run, single, its_processor, own, output, config, number, progress, cache)
+            weights = run_and_show(run, single, its_processor, own, output, config, number, progress, cache)
+            on_main(partial(save_expert, single, run.expert, aligned_file(output, run.expert), digest, weights))
             stood = False
-            save_expert(single, run.expert, aligned_file(output, run.expert), digest)
-        remove_checkpoints(output, run)
-    if missing := [run.name for run in runs if not is_finished(output, run)]:
+        on_main(partial(remove_checkpoints, output, run))
+    if missing := on_main(lambda: [run.name for run in runs if not is_finished(output, run)]):
         console.print(f"{', '.join(only)}: finished; still to do: {', '.join(missing)}", highlight=False)
         return output
     if not stood:
         model = stand(output, runs, composition, model, digest)
+    on_main(partial(finish_run, model, processor, output, runs))
+    return output / "model"
+
+
+def finish_run(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, output: Path, runs: Sequence[Run]
+) -> None:
+    """Write the finished model, and take those of its runs away."""
     save_synced(model, processor, output / "model")
     for run in runs:
         shutil.rmtree(output / "runs" / run.name / "done", ignore_errors=True)
-    return output / "model"
+
+
+def prepare(
+    config: TrainConfig, composition: ModelConfig, runs: Sequence[Run], output: Path, resolved: str, console: Console,
+    *, overwrite: bool,
+) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor, dict[str, Samples]]:  # fmt: skip
+    """The model, its processor and what each run learns from, in an opened output. Data is read before weights load,
+    and an old run goes only when all else is in order. With several processes the main one writes, and all read what it
+    has written.
+    """
+    data = {run.name: (stage_data(run.stage), run.stage.num_workers) for run in runs}
+    read: dict[str, list[Source]] = {}
+    with ExitStack() as stack:
+
+        def read_all() -> None:
+            folders.append(stack.enter_context(staged(output, overwrite=overwrite)))
+            read.update(read_stages(data, folders[0], config.seed))
+
+        def open_all() -> None:
+            samples.update({name: tokenised(sources) for name, sources in read.items()})
+            open_output(output, resolved, overwrite=overwrite)
+            target = settle(folders[0], output)
+            samples.update({name: own.moved(folders[0], target) for name, own in samples.items()})
+            record_environment(output / "environment.json")
+            write_atomically(output / "data_report.json", report_of(samples))
+            for line in skipped_lines(samples, output / "data_report.json"):
+                console.print(line, highlight=False)
+
+        def tokenised(sources: Sequence[Source]) -> Samples:
+            context = getattr(model.config.text_config, "max_position_embeddings", None)
+            return samples_of(sources, processor, context, config.seed)
+
+        folders: list[Path] = []
+        samples: dict[str, Samples] = {}
+        on_main(read_all)
+        model, processor = compose(composition)
+        on_main(open_all)
+    if not samples:  # another process than the main one
+        read = read_stages(data, output.resolve() / "data", config.seed)
+        samples = {name: tokenised(sources) for name, sources in read.items()}
+    return model, processor, samples
 
 
 def remove_checkpoints(output: Path, run: Run) -> None:
@@ -150,10 +193,13 @@ def remove_checkpoints(output: Path, run: Run) -> None:
         shutil.rmtree(checkpoint)
 
 
-def save_synced(model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path) -> None:
+def save_synced(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
     """`save`, and nothing that it replaces may go before it is on the disk. Raises WriteError."""
     with writing("the model", folder):
-        save(model, processor, folder)
+        save(model, processor, folder, weights)
         sync_tree(folder)
 
 
@@ -199,14 +245,18 @@ def check_groups(run: Run, composition: ModelConfig) -> None:
     rates = learning_rates(skeleton, run.stage.rates)
     weight_decays(skeleton, run.stage.weight_decay, rates)
     checkpointed_groups(skeleton, run.stage.gradient_checkpointing, rates)
+    check_lora(skeleton, run.stage)
 
 
 def run_and_show(
     run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, samples: Samples,
     output: Path, config: TrainConfig, number: int, progress: ScheduleProgress, cache: FeatureCache | None,
-) -> None:  # fmt: skip
-    """Train one run, with a line before, a bar while it lasts, and curves after it. Raises Preempted on SIGTERM."""
+) -> dict[str, torch.Tensor] | None:  # fmt: skip
+    """Train one run, with a line before, a bar while it lasts, and curves after it. Where that ends in shards, returns
+    the gathered weights, which are whole in the main process. Raises Preempted on SIGTERM."""
     rates = learning_rates(model, run.stage.rates)
+    freeze_all_but(model, rates)
+    tuner = add_lora(model, run.stage.lora, config.seed + number)
     trains, frozen = trained_and_frozen(model, rates)
     shown = ", ".join(f"{group} ({count:,} parameters, rate {rates[group]:g})" for group, count in trains.items())
     how = "trains in turn" if run.stage.alternate is not None else "trains"
@@ -214,10 +264,17 @@ def run_and_show(
     progress.console.print(f"{progress.position} {run.name}: {how} {shown}; frozen: {still}", highlight=False)
     try:
         with Preemption() as preemption:
-            run_stage(run, model, processor, samples, rates, output, config, number, progress, preemption, cache)
+            weights = run_stage(
+                run, model, processor, samples, rates, output, config, number, progress, preemption, cache
+            )
     finally:
         progress.close()
-    write_curves(output / "metrics.jsonl", run.name, output / "curves")
+    on_main(partial(write_curves, output / "metrics.jsonl", run.name, output / "curves"))
+    if weights is not None and run.stage.lora is not None:
+        return merged(weights, run.stage.lora)
+    if tuner is not None:
+        merge(model, tuner)
+    return weights
 
 
 def stage_data(stage: StageConfig) -> DataConfig:
@@ -232,13 +289,12 @@ def run_stage(
     run: Run, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, samples: Samples,
     rates: dict[str, float], output: Path, config: TrainConfig, number: int, progress: ScheduleProgress,
     preemption: Preemption, cache: FeatureCache | None,
-) -> None:  # fmt: skip
-    """Train one run in place, from its last checkpoint if there is one."""
+) -> dict[str, torch.Tensor] | None:  # fmt: skip
+    """Train what has gradients in place, from the run's last checkpoint if there is one."""
     stage, folder, seed = run.stage, output / "runs" / run.name, config.seed + number
-    remove_leftovers(folder)
-    freeze_all_but(model, rates)
+    on_main(partial(remove_leftovers, folder))
     recompute_in(model, checkpointed_groups(model, stage.gradient_checkpointing, rates))
-    turns = turns_of(stage, model, steps_per_epoch(len(samples.items), stage, PartialState().num_processes))
+    turns = turns_of(stage, model, steps_per_epoch(len(samples.items), stage, processes().num_processes))
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1.0,
@@ -280,11 +336,13 @@ def run_stage(
     quiet = {"PrinterCallback", "ProgressCallback"}
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
         trainer.remove_callback(callback)
-    checkpoint = last_checkpoint(folder)
+    shard_sensibly(trainer, model, rates)
+    checkpoint = on_main(lambda: last_checkpoint(folder))
     if checkpoint is not None:
         check_keys(Path(checkpoint), model)
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
+    return whole_weights(trainer)
 
 
 def check_output(

@@ -68,6 +68,18 @@ class Prealign(Config):
         return self
 
 
+class LoraSettings(Config):
+    """Adapters of the language model's linear layers, scaled by alpha / rank; their rate is `train.language_model`.
+
+    target_modules: names of layers, as [q_proj, v_proj]; null is every linear layer of the language model's blocks.
+    """
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+
+
 class StageConfig(Config):
     """One stage of training: `train`, `alternate` or `prealign` says what trains, and all else is frozen.
 
@@ -80,7 +92,8 @@ class StageConfig(Config):
     are computed again in the backward pass, or true for all that can. group_by_length: batches of records of about the
     same number of tokens, those of images counted. logging_steps: a log every so many steps. data: null where the
     command line gives it. cache_features: run a frozen vision tower once a picture, where pictures are not sliced and
-    the result fits into `cache_gb`.
+    the result fits into `cache_gb`. lora: adapters of the language model train in its place, and are merged into it at
+    the end of the stage.
     """
 
     name: str
@@ -104,6 +117,7 @@ class StageConfig(Config):
     num_workers: int = Field(default=0, ge=0)
     cache_features: bool = True
     cache_gb: float = Field(default=1.0, gt=0)
+    lora: LoraSettings | None = None
 
     @field_validator("name")
     @classmethod
@@ -155,6 +169,12 @@ class StageConfig(Config):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"train, alternate and prealign: found {found}; give exactly one, it says what trains")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_has_a_rate(self) -> "StageConfig":
+        if self.lora is not None and "language_model" not in self.rates:
+            raise ValueError("lora trains the language model, which has no rate: add language_model to train, as 1e-4")
         return self
 
     @model_validator(mode="after")

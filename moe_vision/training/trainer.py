@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -17,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.training.checkpoints import put_in_place, writing
-from moe_vision.training.groups import freeze_all_but, modes_of, optimizer_groups, parameter_groups
+from moe_vision.training.groups import modes_of, optimizer_groups, parameter_groups
 from moe_vision.training.turns import Turns
 
 STAGING = ".checkpoint.partial"
@@ -68,8 +69,9 @@ class GroupTrainer(Trainer):
         self.window: float | None = None
         self.seen = torch.zeros(2, dtype=torch.long)
         super().__init__(*args, **kwargs)
-        members = parameter_groups(cast(MoeVisionForConditionalGeneration, self.model), rates)
-        self.trained = {group: [p for _, p in members[group]] for group in rates}
+        model = cast(MoeVisionForConditionalGeneration, self.model)
+        self.names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trained: dict[str, list[nn.Parameter]] = {}
         self.add_callback(LossSinceLog(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +120,12 @@ class GroupTrainer(Trainer):
         trains = self.turns.at(self.state.global_step)
         if trains != self.training_now:
             inner = cast(MoeVisionForConditionalGeneration, self.accelerator.unwrap_model(model))
-            freeze_all_but(inner, trains)
+            # By name and not before the first step: wrapping for several processes may have made new parameters.
+            members = parameter_groups(inner, self.rates)
+            self.trained = {group: [p for name, p in members[group] if name in self.names] for group in self.rates}
+            for group, parameters in self.trained.items():
+                for parameter in parameters:
+                    parameter.requires_grad_(group in trains)
             self.training_now, self.modes = trains, list(modes_of(inner))
         for module, mode in self.modes:
             # A frozen block that recomputes asks for training mode of itself; what drops out in it are its children.
@@ -132,7 +139,8 @@ class GroupTrainer(Trainer):
             for group, parameters in self.trained.items():
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 if gradients:  # else it is another group's turn
-                    self.group_logs[f"grad_norm/{group}"] = get_total_norm(gradients)
+                    norm: Any = get_total_norm(gradients)
+                    self.group_logs[f"grad_norm/{group}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
             for values in cast(torch.optim.Optimizer, self.optimizer).param_groups:
                 self.group_logs[f"learning_rate/{values['group']}"] = values["lr"]
         return super()._clip_grad_norm(model)
@@ -195,7 +203,10 @@ class LossSinceLog(TrainerCallback):
 
 
 def trained_and_frozen(model: Any, rates: Mapping[str, float]) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameter counts of the groups that train and of those that do not."""
-    counts = {group: sum(p.numel() for _, p in members) for group, members in parameter_groups(model, rates).items()}
+    """Parameter counts of the groups that train, of what has gradients in them, and of those that do not."""
+    counts = {
+        group: sum(p.numel() for _, p in members if p.requires_grad or group not in rates)
+        for group, members in parameter_groups(model, rates).items()
+    }
     counts = {group: count for group, count in counts.items() if count}
     return {g: c for g, c in counts.items() if g in rates}, {g: c for g, c in counts.items() if g not in rates}

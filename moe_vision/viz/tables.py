@@ -1,5 +1,6 @@
 """Tables for the terminal and for reports."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,12 @@ def summary(costs: "CostTable") -> str:
     return f"{costs.visual_tokens} visual tokens in {costs.views} views for an image of {size(costs.size)} pixels"
 
 
+def shortened(path: str) -> str:
+    """A path from the working folder where that is shorter."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return min(path, relative, key=len)
+
+
 def runs_table(runs: "Sequence[PlannedRun]", title: str) -> Table:
     """Runs of a schedule: what trains at which rate, what is frozen, and how much work it is."""
     table = Table(title=title)
@@ -74,7 +81,7 @@ def runs_table(runs: "Sequence[PlannedRun]", title: str) -> Table:
         if run.turns:
             lines += ["in turn: " + ", ".join(f"{'+'.join(groups)} {steps}" for groups, steps in run.turns) + " steps"]
         frozen = [f"{group} ({scaled(count)})" for group, count in run.frozen.items()]
-        data = "(--data)" if run.data is None else run.data
+        data = "(--data)" if run.data is None else shortened(run.data)
         if run.records is not None:
             data += f"\n{run.records:,} records"
         counts = [f"{value:,}" if value is not None else "?" for value in (run.batch, run.steps)]

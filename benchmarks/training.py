@@ -1,0 +1,113 @@
+"""What the trainer costs beside a bare PyTorch loop, and how fast pictures load.
+
+    python benchmarks/training.py
+
+Steps: the miniature with five frozen experts on pixels, adapters and language model train, the same records in batches
+of 16. Trainer and loop take turns, a block of steps each, so that what else the machine does meets both; the ratio is
+that of the medians over all steps. Loader: JPEGs of 12 megapixels, decoded and cut to the model's views on one thread.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader
+
+from moe_vision.config import load_config
+from moe_vision.data.collate import Collator, ConversationDataset, views_of
+from moe_vision.data.records import load_records
+from moe_vision.data.synthetic import write_split
+from moe_vision.modeling.compose import compose
+from moe_vision.modeling.model_config import ModelConfig, packaged_config
+from moe_vision.training.groups import freeze_all_but, learning_rates, modes_of, optimizer_groups
+from moe_vision.training.runner import train
+from moe_vision.training.schedule import TrainConfig
+
+RATES = {"adapters": 1e-3, "language_model": 3e-4}
+BATCH = 16
+
+
+def trainer_steps(data: Path, output: Path, steps: int) -> list[float]:
+    """Seconds of each step but the first of a run of ours."""
+    stage = {
+        "name": "timed", "train": RATES, "data": {"path": str(data)}, "max_steps": steps, "batch_size": BATCH,
+        "cache_features": False, "save_steps": 10 * steps, "logging_steps": 1,
+    }  # fmt: skip
+    config = TrainConfig.model_validate({"model": str(packaged_config("model/micro.yaml")), "stages": [stage]})
+    train(config, output, console=Console(quiet=True))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["step_seconds"] for line in lines if "loss" in line][1:]
+
+
+def loop_steps(data: Path, steps: int) -> list[float]:
+    """Seconds of each step but the first of a loop that does the same and nothing more."""
+    model, processor = compose(load_config(ModelConfig, packaged_config("model/micro.yaml")))
+    rates = learning_rates(model, RATES)
+    freeze_all_but(model, rates)
+    for module, mode in modes_of(model):
+        module.training = mode
+    optimizer = torch.optim.AdamW(optimizer_groups(model, rates, 0.0))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    dataset = ConversationDataset(load_records(data), processor)
+    loader = DataLoader(dataset, BATCH, shuffle=True, collate_fn=Collator(processor.tokenizer.pad_token_id))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    seconds: list[float] = []
+    while len(seconds) < steps:
+        started = time.perf_counter()
+        for batch in loader:
+            loss = model(**batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            now = time.perf_counter()
+            seconds.append(now - started)
+            started = now
+            if len(seconds) == steps:
+                break
+    return seconds[1:]
+
+
+def loader_speed(folder: Path, pictures: int) -> float:
+    """JPEGs of 12 megapixels a second, decoded and cut to views, in this thread."""
+    _, processor = compose(load_config(ModelConfig, packaged_config("model/micro.yaml")))
+    noise = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path = folder / "large.jpg"
+    Image.fromarray(noise.numpy()).resize((4000, 3000), Image.Resampling.BICUBIC).save(path, quality=90)
+    views_of((path,), processor)
+    started = time.perf_counter()
+    for _ in range(pictures):
+        views_of((path,), processor)
+    return pictures / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="of each block")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=20)
+    arguments = parser.parse_args()
+    ours: list[float] = []
+    bare: list[float] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_split(folder, "train", 640)["questions"]
+        for block in range(arguments.blocks):
+            bare += loop_steps(data, arguments.steps)
+            ours += trainer_steps(data, folder / f"run-{block}", arguments.steps)
+        speed = loader_speed(folder, arguments.pictures)
+    mine, loop = statistics.median(ours), statistics.median(bare)
+    print(f"steps/s: trainer {1 / mine:.2f}, bare loop {1 / loop:.2f}; the trainer takes {mine / loop - 1:+.1%}")
+    print(f"loader: {speed:.1f} pictures of 12 megapixels a second on one core")
+
+
+if __name__ == "__main__":
+    main()

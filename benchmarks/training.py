@@ -3,10 +3,10 @@
     python benchmarks/training.py
 
 Steps: the miniature with five frozen experts on pixels, adapters and language model train, the same records in batches
-of 16. All ways take turns, a block of steps each, so that what else the machine does meets them all; ratios are those of
-medians over all steps. LLaVA: transformers' `LlavaForConditionalGeneration` and Trainer against ours, with the same CLIP,
-projector, language model, tokens, records and batches; all but CLIP trains. Loader: JPEGs of 12 megapixels, decoded and
-cut to the model's views on one thread.
+of 16. All ways take turns, a block of steps each, so that what else the machine does meets them all; ratios are those
+of medians over all steps. LLaVA: transformers' `LlavaForConditionalGeneration` and Trainer against ours, with the same
+CLIP, projector, language model, tokens, records and batches; all but CLIP trains. Loader: JPEGs of 12 megapixels,
+decoded and cut to the model's views on one thread.
 """
 
 import argparse

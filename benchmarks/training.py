@@ -51,7 +51,7 @@ def trainer_steps(data: Path, output: Path, steps: int, model: Any) -> list[floa
     """Seconds of each step but the first of a run of ours. model: path of a config, or its plain values."""
     stage = {
         "name": "timed", "train": RATES, "data": {"path": str(data)}, "max_steps": steps, "batch_size": BATCH,
-        "cache_features": False, "save_steps": 10 * steps, "logging_steps": 1,
+        "cache_features": False, "save_steps": 10 * steps,
     }  # fmt: skip
     config = TrainConfig.model_validate({"model": model, "stages": [stage]})
     train(config, output, console=Console(quiet=True))
@@ -128,7 +128,7 @@ def llava_steps(data: Path, output: Path, steps: int) -> tuple[list[float], int,
         vision_config=tower.config, text_config=text, image_token_id=ours.config.image_token_id,
         image_seq_length=tower.embeddings.num_patches, vision_feature_layer=-1, projector_hidden_act="gelu",
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config).float()  # the config names the precision of the shipped file
     model.model.language_model.load_state_dict(ours.model.language_model.state_dict())
     model.model.vision_tower.requires_grad_(False)
     dataset = ConversationDataset(load_records(data), processor)

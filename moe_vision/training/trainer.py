@@ -63,6 +63,7 @@ class GroupTrainer(Trainer):
         self.rates, self.turns, self.weight_decay = rates, turns, weight_decay
         self.training_now: frozenset[str] = frozenset()
         self.modes: list[tuple[nn.Module, bool]] = []
+        self.moving: list[nn.Parameter] = []
         self.resumed: Path | None = None
         self.staging: Path | None = None
         self.group_logs: dict[str, torch.Tensor | float] = {}
@@ -126,10 +127,12 @@ class GroupTrainer(Trainer):
             for group, parameters in self.trained.items():
                 for parameter in parameters:
                     parameter.requires_grad_(group in trains)
+            self.moving = [parameter for parameter in inner.parameters() if parameter.requires_grad]
             self.training_now, self.modes = trains, list(modes_of(inner))
         for module, mode in self.modes:
             # A frozen block that recomputes asks for training mode of itself; what drops out in it are its children.
-            module.training = mode or getattr(module, "gradient_checkpointing", False) is True
+            if not mode and getattr(module, "gradient_checkpointing", False) is not True:
+                module.training = False
         return super().compute_loss(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -143,7 +146,10 @@ class GroupTrainer(Trainer):
                     self.group_logs[f"grad_norm/{group}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
             for values in cast(torch.optim.Optimizer, self.optimizer).param_groups:
                 self.group_logs[f"learning_rate/{values['group']}"] = values["lr"]
-        return super()._clip_grad_norm(model)
+        if self.accelerator.num_processes > 1:
+            return super()._clip_grad_norm(model)
+        # Trainer walks all parameters, several times; most are frozen, and a miniature's step is short.
+        return self.accelerator.clip_grad_norm_(self.moving, self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with norms and rates of groups, and what was seen a second since the log before: records, and

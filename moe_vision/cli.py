@@ -147,8 +147,8 @@ def show_schedule(
     """Print every run of a train config, of a comparison those of each mixer."""
     from moe_vision.comparison import CompareConfig, schedules
     from moe_vision.modeling.cost import SLICED_SIZE
+    from moe_vision.training.loading import load_schedule, model_config
     from moe_vision.training.plan import plan_schedule
-    from moe_vision.training.runner import load_schedule, model_config
     from moe_vision.viz.plans import parse_size
     from moe_vision.viz.tables import runs_table
 
@@ -249,7 +249,7 @@ def train(
 ) -> None:
     """Train a schedule, stage by stage. Run it again after a crash and it goes on where it stood."""
     from moe_vision.training.distributed import finish, main_console
-    from moe_vision.training.runner import load_train_config
+    from moe_vision.training.loading import load_train_config
     from moe_vision.training.runner import train as run
 
     train_config = load_train_config(config, overrides or [])
@@ -297,7 +297,7 @@ def compare(
     """Train each mixer for the same budget, and print accuracy, tokens, parameters, FLOPs and speed in one table."""
     from moe_vision.comparison import CompareConfig
     from moe_vision.comparison import compare as run
-    from moe_vision.training.runner import load_schedule
+    from moe_vision.training.loading import load_schedule
     from moe_vision.viz.tables import comparison_table
 
     compared = load_schedule(CompareConfig, config, overrides or [])

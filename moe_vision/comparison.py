@@ -26,10 +26,13 @@ from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import CostTable, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import MIXERS, suggest
+from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import on_disk, records_of, settle, staged
 from moe_vision.training.features import FeatureCache
 from moe_vision.training.groups import learning_rates, within
-from moe_vision.training.runner import check_output, model_config, open_output, train, write_atomically
+from moe_vision.training.loading import model_config
+from moe_vision.training.output import check_output, open_output
+from moe_vision.training.runner import train
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig
 from moe_vision.viz.tables import COMPARED, compared_row, markdown_table, plus_minus
 

@@ -14,7 +14,8 @@ from moe_vision.data.synthetic import write_split
 from moe_vision.evaluation import EvalReport, answer, evaluate
 from moe_vision.export import ExportReport, export
 from moe_vision.modeling.compose import load
-from moe_vision.training.runner import OutputError, train
+from moe_vision.training.output import OutputError
+from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig, resolve_paths
 from moe_vision.viz.tables import accuracy_table
 

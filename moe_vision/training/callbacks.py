@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,26 @@ from moe_vision.training.checkpoints import write_atomically
 
 @dataclass
 class ScheduleSteps:
-    """Steps of every run of a schedule, in order, as far as they are known before it begins: None where not."""
+    """Steps of every run of a schedule, in order."""
 
-    of_run: dict[str, int | None]
+    of_run: dict[str, int]
 
     def total(self) -> int:
-        """Steps of the whole schedule; a run of unknown length counts as the mean of the others."""
-        known = [steps for steps in self.of_run.values() if steps is not None]
-        guess = statistics.mean(known) if known else 0
-        return round(sum(guess if steps is None else steps for steps in self.of_run.values()))
+        """Steps of the whole schedule."""
+        return sum(self.of_run.values())
 
     def before(self, run: str) -> int:
         """Steps of the runs before this one."""
-        names = list(self.of_run)
-        return ScheduleSteps({name: self.of_run[name] for name in names[: names.index(run)]}).total()
+        return sum(self.of_run[name] for name in takewhile(lambda name: name != run, self.of_run))
 
 
 class ScheduleProgress(TrainerCallback):
     """A bar over the whole schedule, with the time that is left of it; without a terminal, a line at every tenth of a
     run. steps: learns from each run how long it really is."""
 
-    def __init__(self, console: Console, run: str, position: str, steps: ScheduleSteps | None = None) -> None:
+    def __init__(self, console: Console, run: str, position: str, steps: ScheduleSteps) -> None:
         self.console, self.run, self.position = console, run, position
-        self.steps = steps or ScheduleSteps({run: None})
+        self.steps = steps
         self.resumed_at = 0
         self.loss = float("nan")
         self.started = time.perf_counter()

@@ -28,9 +28,8 @@ def curves(logs: Sequence[Mapping[str, Any]], run: str) -> dict[str, dict[str, t
                 steps, values = found[metric].setdefault(group or "all", ([], []))
                 steps.append(log["step"])
                 values.append(value)
-    for panel in ("learning_rate",):  # the whole's rate is that of whichever group comes first
-        if len(found[panel]) > 1:
-            found[panel].pop("all", None)
+    if len(found["learning_rate"]) > 1:  # the whole's rate is that of whichever group comes first
+        found["learning_rate"].pop("all", None)
     return found
 
 

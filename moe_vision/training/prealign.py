@@ -18,7 +18,6 @@ from moe_vision.experts.weights import load_expert_weights
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training.checkpoints import sync, writing
-from moe_vision.training.schedule import StageConfig
 
 
 def alone(config: ModelConfig, expert: str) -> ModelConfig:
@@ -50,12 +49,6 @@ def alone(config: ModelConfig, expert: str) -> ModelConfig:
     if plain["slicing"]["type"] == "none" and plain["slicing"]["size"] is None:
         values["slicing"] = {**plain["slicing"], "size": list(config.vision_config().canvas_size())}
     return validate(ModelConfig, values, source=f"expert '{expert}' alone, as prealign trains it")
-
-
-def experts_to_align(stage: StageConfig, config: ModelConfig) -> list[str]:
-    """Names of the experts that a stage aligns."""
-    assert stage.prealign is not None
-    return stage.prealign.experts or list(config.experts)
 
 
 def aligned_file(output: Path, expert: str) -> Path:

@@ -8,22 +8,19 @@ OUTPUT/data_report.json  what was read, and every record that was skipped
 """
 
 import hashlib
-import os
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import yaml
 from rich.console import Console
-from safetensors import safe_open
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
+from moe_vision.config import ConfigError, Problem
 from moe_vision.data.collate import Collator, ConversationDataset
 from moe_vision.data.samples import Samples, Source, samples_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
@@ -33,36 +30,21 @@ from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
 from moe_vision.training.checkpoints import remove_leftovers, sync_tree, write_atomically, writing
 from moe_vision.training.curves import write_curves
-from moe_vision.training.data import STAGING, read_stages, report_of, settle, skipped_lines, staged
+from moe_vision.training.data import read_stages, report_of, settle, skipped_lines, staged
 from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
 from moe_vision.training.interrupts import Preemption
+from moe_vision.training.loading import model_config
 from moe_vision.training.lora import add_lora, check_lora, merge, merged
+from moe_vision.training.output import check_keys, check_output, last_checkpoint, open_output
 from moe_vision.training.prealign import aligned_file, alone, load_aligned, save_expert
 from moe_vision.training.provenance import record_environment
 from moe_vision.training.recompute import checkpointed_groups, recompute_in
 from moe_vision.training.reporting import check_reporters
-from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig, resolve_paths
+from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig
 from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
 from moe_vision.training.turns import steps_per_epoch, total_steps, turns_of
-
-OWN_NAMES = frozenset({
-    "config.yaml", "metrics.jsonl", "runs", "experts", "model", "data", "data_report.json", "environment.json",
-    "curves",
-})  # fmt: skip
-"""What an output folder holds, besides `.…partial` files; one that holds more is never overwritten."""
-
-
-class OutputError(ValueError):
-    """An output folder that cannot be used."""
-
-
-def model_config(config: TrainConfig) -> ModelConfig:
-    """The model of a train config, from its file or its content. Raises ConfigError."""
-    if isinstance(config.model, str):
-        return load_config(ModelConfig, config.model)
-    return validate(ModelConfig, config.model, source="model")
 
 
 def train(
@@ -94,8 +76,8 @@ def train(
     check_reporters(config.report_to)
     runs = config.runs(list(composition.experts))
     check_only(only, runs)
-    for run in runs:
-        check_groups(run, composition)
+    for expert in dict.fromkeys(run.expert for run in runs):
+        check_groups([run for run in runs if run.expert == expert], composition)
     set_seed(config.seed)
     model, processor, samples = prepare(config, composition, runs, output, resolved, console, overwrite=overwrite)
     digest = hashlib.sha256(resolved.encode()).hexdigest()
@@ -236,16 +218,19 @@ def stand(
     return model
 
 
-def check_groups(run: Run, composition: ModelConfig) -> None:
-    """Raise ValueError for a group of any setting that the run's model does not have, before weights load."""
-    config = composition if run.expert is None else alone(composition, run.expert)
+def check_groups(runs: Sequence[Run], composition: ModelConfig) -> None:
+    """Raise ValueError for a group of any setting that the model of these runs, which share one, does not have, before
+    weights load."""
+    expert = runs[0].expert
+    config = composition if expert is None else alone(composition, expert)
     with torch.device("meta"):
         skeleton = MoeVisionForConditionalGeneration(config.hf_config())
-    turns_of(run.stage, skeleton, 1)
-    rates = learning_rates(skeleton, run.stage.rates)
-    weight_decays(skeleton, run.stage.weight_decay, rates)
-    checkpointed_groups(skeleton, run.stage.gradient_checkpointing, rates)
-    check_lora(skeleton, run.stage)
+    for run in runs:
+        turns_of(run.stage, skeleton, 1)
+        rates = learning_rates(skeleton, run.stage.rates)
+        weight_decays(skeleton, run.stage.weight_decay, rates)
+        checkpointed_groups(skeleton, run.stage.gradient_checkpointing, rates)
+        check_lora(skeleton, run.stage)
 
 
 def run_and_show(
@@ -343,94 +328,3 @@ def run_stage(
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     return whole_weights(trainer)
-
-
-def check_output(
-    output: Path, resolved: str, *, overwrite: bool, own: Set[str] = OWN_NAMES, what: str = "a training output"
-) -> None:
-    """Raise OutputError if `output` cannot take a run of this resolved config; changes nothing in it.
-
-    own: the names that a folder of its kind holds.
-    """
-    nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"output '{output}' cannot be written, because of '{nearest}': choose another --output")
-    if not output.exists() or all(entry.name == STAGING for entry in output.iterdir()):
-        return
-    foreign = sorted(p.name for p in output.iterdir() if p.name not in own and not p.name.endswith(".partial"))
-    if foreign or not (output / "config.yaml").is_file():
-        found = f"holds {foreign[:3]}" if foreign else "has no config.yaml"
-        raise OutputError(f"output '{output}' exists and is not {what} ({found}): choose another --output")
-    if not overwrite and (output / "config.yaml").read_text(encoding="utf-8") != resolved:
-        raise OutputError(f"output '{output}' exists and belongs to another config: choose another --output, or "
-                          "--overwrite to start anew")  # fmt: skip
-
-
-def open_output(output: Path, resolved: str, *, overwrite: bool) -> None:
-    """Make or reopen a checked output folder. Raises OutputError."""
-    try:
-        for entry in output.iterdir() if overwrite and output.exists() else ():
-            if entry.is_dir() and not entry.is_symlink():
-                if entry.name != STAGING:  # the new run's own data
-                    shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "config.yaml", resolved)
-    except OSError as error:
-        raise OutputError(f"output '{output}' cannot be written ({error}): choose another --output") from error
-
-
-def check_keys(checkpoint: Path, model: MoeVisionForConditionalGeneration) -> None:
-    """Raise OutputError if a checkpoint's weights are not exactly those of `model`; Trainer would only warn."""
-    found: set[str] = set()
-    for file in checkpoint.glob("model*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            found |= set(weights.keys())
-    expected = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    expected &= set(model.state_dict())  # without buffers that are not kept; tied weights are named once
-    missing, unexpected = sorted(expected - found), sorted(found - set(model.state_dict()))
-    if missing or unexpected:
-        raise OutputError(f"checkpoint '{checkpoint}' belongs to another composition (missing {missing[:4]}, "
-                          f"unexpected {unexpected[:4]}): choose another --output, or "
-                          "--overwrite to start anew")  # fmt: skip
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short is taken away."""
-    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
-        if (Path(checkpoint) / "trainer_state.json").is_file():  # Trainer writes this file last
-            return checkpoint
-        shutil.rmtree(checkpoint)
-    return None
-
-
-def inline_model(path: Path) -> dict[str, Any]:
-    """Content of a model config file, for overrides that reach into it; plug-ins keep their place."""
-    values = read_yaml(path)
-    if values.get("plugins"):
-        values["plugins"] = [str((path.parent / plugin).resolve()) for plugin in values["plugins"]]
-    return values
-
-
-TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
-
-
-def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a train config; paths in it start at its folder. Raises ConfigError."""
-    return load_schedule(TrainConfig, path, overrides)
-
-
-def load_schedule(cls: type[TrainConfigT], path: Path, overrides: Sequence[str] = ()) -> TrainConfigT:
-    """Read a train config, or another with a model and stages; paths in it start at its folder. Raises ConfigError."""
-    values = resolve_paths(read_yaml(path), path.resolve().parent)
-    if isinstance(values.get("model"), str) and any(override.startswith("model.") for override in overrides):
-        values["model"] = inline_model(Path(values["model"]))
-    for override in overrides:
-        values = apply_override(values, override)
-    config = validate(cls, values, source=str(path))
-    if isinstance(config.model, str) and not Path(config.model).is_file():
-        raise ConfigError(
-            str(path), [Problem("model", config.model, "no such file", "give the path of a model config")]
-        )
-    return config

@@ -62,7 +62,7 @@ class GroupTrainer(Trainer):
     ) -> None:
         self.rates, self.turns, self.weight_decay = rates, turns, weight_decay
         self.training_now: frozenset[str] = frozenset()
-        self.modes: list[tuple[nn.Module, bool]] = []
+        self.evaluating: list[nn.Module] = []
         self.moving: list[nn.Parameter] = []
         self.resumed: Path | None = None
         self.staging: Path | None = None
@@ -128,11 +128,14 @@ class GroupTrainer(Trainer):
                 for parameter in parameters:
                     parameter.requires_grad_(group in trains)
             self.moving = [parameter for parameter in inner.parameters() if parameter.requires_grad]
-            self.training_now, self.modes = trains, list(modes_of(inner))
-        for module, mode in self.modes:
             # A frozen block that recomputes asks for training mode of itself; what drops out in it are its children.
-            if not mode and getattr(module, "gradient_checkpointing", False) is not True:
-                module.training = False
+            self.evaluating = [
+                module for module, trains_here in modes_of(inner)
+                if not trains_here and getattr(module, "gradient_checkpointing", False) is not True
+            ]  # fmt: skip
+            self.training_now = trains
+        for module in self.evaluating:
+            module.training = False
         return super().compute_loss(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -4,7 +4,6 @@ The turn follows from the step alone, so that a resumed run goes on with the rig
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
@@ -57,8 +56,3 @@ def total_steps(records: int, stage: StageConfig, processes: int = 1) -> int:
     if stage.max_steps is not None:
         return stage.max_steps
     return math.ceil((stage.epochs or 0) * steps_per_epoch(records, stage, processes))
-
-
-def rates_by_name(rates: Mapping[str, float], groups: Sequence[str]) -> str:
-    """What a table shows, as `adapters (0.001)`."""
-    return ", ".join(f"{group} ({rates[group]:g})" for group in groups)

@@ -21,7 +21,8 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import cost, count
 from moe_vision.training import features, runner
-from moe_vision.training.runner import OutputError, load_schedule
+from moe_vision.training.loading import load_schedule
+from moe_vision.training.output import OutputError
 from moe_vision.viz.tables import COMPARED
 from tests.unit.toy import train_values, write_data
 

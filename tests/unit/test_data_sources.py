@@ -16,7 +16,8 @@ from moe_vision.data.faults import DataError
 from moe_vision.data.records import Record, load_image, load_records
 from moe_vision.data.samples import Source, mix, shares
 from moe_vision.training.data import STAGING, on_disk, read_data, records_of
-from moe_vision.training.runner import OutputError, train
+from moe_vision.training.output import OutputError
+from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
 from tests.unit.toy import COLOURS, train_values, write_data
 

@@ -14,7 +14,7 @@ from moe_vision.training.runner import train
 from moe_vision.training.schedule import LoraSettings, TrainConfig
 from moe_vision.training.trainer import trained_and_frozen
 from tests.tiny import tiny_model
-from tests.unit.test_training import Killed, assert_same, kill_at, runner_model, weights
+from tests.unit.test_training import assert_same, runner_model, train_killed, weights
 from tests.unit.toy import train_values
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.1}
@@ -45,10 +45,7 @@ def test_killed_and_resumed_is_uninterrupted(
 ) -> None:
     schedule = TrainConfig.model_validate(values(tmp_path))
     whole = weights(train(schedule, tmp_path / "whole"))
-    with monkeypatch.context() as patched:
-        kill_at(patched, run, step)
-        with pytest.raises(Killed):
-            train(schedule, tmp_path / "killed")
+    train_killed(monkeypatch, schedule, tmp_path / "killed", run, step)
     assert_same(weights(train(schedule, tmp_path / "killed")), whole)
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moe_vision.config import ConfigError, validate
-from moe_vision.training.runner import load_train_config, model_config
+from moe_vision.training.loading import load_train_config, model_config
 from moe_vision.training.schedule import TrainConfig
 
 MICRO = Path(__file__).parents[2] / "configs/train/micro.yaml"

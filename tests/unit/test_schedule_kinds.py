@@ -17,13 +17,14 @@ from moe_vision.modeling.cost import TEXT_TOKENS, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.training import runner
 from moe_vision.training.groups import parameter_groups
+from moe_vision.training.loading import model_config
 from moe_vision.training.plan import plan_schedule
 from moe_vision.training.prealign import alone
-from moe_vision.training.runner import model_config, train
+from moe_vision.training.runner import train
 from moe_vision.training.schedule import StageConfig, TrainConfig
 from moe_vision.training.trainer import GroupTrainer
 from moe_vision.training.turns import Turns, total_steps
-from tests.unit.test_training import Killed, assert_same, kill_at, weights
+from tests.unit.test_training import Killed, assert_same, train_killed, weights
 from tests.unit.toy import train_values
 
 PREALIGN = {"prealign": {"expert": 1e-2, "projector": 1e-2}}
@@ -205,10 +206,7 @@ def test_killed_and_resumed_is_uninterrupted(
 ) -> None:
     config = schedule(tmp_path, PREALIGN, ALTERNATE, max_steps=6, save_steps=1)
     whole = weights(train(config, tmp_path / "whole"))
-    with monkeypatch.context() as patched:
-        kill_at(patched, run, step)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "killed")
+    train_killed(monkeypatch, config, tmp_path / "killed", run, step)
     assert_same(weights(train(config, tmp_path / "killed")), whole)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 

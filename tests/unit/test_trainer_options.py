@@ -176,7 +176,7 @@ def test_reporters_are_checked_and_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_steps_of_a_schedule() -> None:
-    steps = ScheduleSteps({"a": 10, "b": None, "c": 20})
+    steps = ScheduleSteps({"a": 10, "b": 15, "c": 20})
     assert (steps.total(), steps.before("a"), steps.before("b")) == (45, 0, 10)
     stage = StageConfig(name="a", train={"adapters": 1e-3}, epochs=2, batch_size=3, gradient_accumulation=2)
     assert total_steps(10, stage) == 4

@@ -20,7 +20,9 @@ from moe_vision.training.groups import (
     optimizer_groups,
     parameter_groups,
 )
-from moe_vision.training.runner import OutputError, check_keys, train
+from moe_vision.training.loading import model_config
+from moe_vision.training.output import OutputError, check_keys
+from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
 from moe_vision.training.trainer import GroupTrainer
 from tests.tiny import tiny_model
@@ -59,16 +61,21 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, run: str, step: int) -> None:
     monkeypatch.setattr(runner, "GroupTrainer", KilledTrainer)
 
 
+def train_killed(monkeypatch: pytest.MonkeyPatch, schedule: TrainConfig, output: Path, run: str, step: int) -> None:
+    """Train until it is killed at the end of a step."""
+    with monkeypatch.context() as patched:
+        kill_at(patched, run, step)
+        with pytest.raises(Killed):
+            train(schedule, output)
+
+
 @pytest.mark.parametrize(("run", "step"), [("01-projector", 3), ("02-finetune", 1), ("02-finetune", 3)])
 def test_killed_and_resumed_is_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, step: int
 ) -> None:
     schedule = config(tmp_path)
     whole = weights(train(schedule, tmp_path / "whole"))
-    with monkeypatch.context() as patched:
-        kill_at(patched, run, step)
-        with pytest.raises(Killed):
-            train(schedule, tmp_path / "killed")
+    train_killed(monkeypatch, schedule, tmp_path / "killed", run, step)
     assert_same(weights(train(schedule, tmp_path / "killed")), whole)
     logs = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     first = [log["step"] for log in logs if log["run"] == run and "loss" in log]
@@ -117,10 +124,7 @@ def test_scenes_are_drawn_once_from_the_config_alone(tmp_path: Path, monkeypatch
     for stage, synthetic in zip(values["stages"], ("captions", "questions"), strict=True):
         stage["data"] = {"synthetic": synthetic, "scenes": 3}
     schedule, output = TrainConfig.model_validate(values), tmp_path / "out"
-    with monkeypatch.context() as patched:
-        kill_at(patched, "02-finetune", 1)
-        with pytest.raises(Killed):
-            train(schedule, output)
+    train_killed(monkeypatch, schedule, output, "02-finetune", 1)
     pictures = sorted((output / "data").rglob("*.png"))
     assert len(pictures) == 3
     times = [picture.stat().st_mtime_ns for picture in pictures]
@@ -147,7 +151,7 @@ def test_only_named_groups_move(tmp_path: Path) -> None:
 def runner_model(values: dict[str, Any]) -> Any:
     schedule = TrainConfig.model_validate(values)
     runner.set_seed(schedule.seed)
-    return runner.compose(runner.model_config(schedule))
+    return runner.compose(model_config(schedule))
 
 
 def test_frozen_parts_stay_in_evaluation_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
-from tests.unit.toy import train_values
+from tests.unit.toy import lengthen_answers, train_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +42,10 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 def values(folder: Path, batch_size: int) -> dict[str, Any]:
     """Ten steps of the projector, of which the first and the last are logged, and three of an expert and all behind it,
-    without dropout: each process would draw its own. Eight pictures are two whole batches of four."""
+    without dropout: each process would draw its own. Eight pictures are two whole batches of four; their answers differ
+    in length, so that a mean of the processes' means would show."""
     made = train_values(folder, batch_size=batch_size)
+    lengthen_answers(folder / "data" / "data.json")
     made["model"]["language_model"]["architecture"]["attention_dropout"] = 0.0
     made["stages"][0] |= {"max_steps": 10, "save_steps": 10}
     made["stages"][1] |= {"max_steps": 3, "cache_features": False}

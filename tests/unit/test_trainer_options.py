@@ -27,7 +27,7 @@ from moe_vision.training.trainer import EpochLengthSampler, GroupTrainer
 from moe_vision.training.turns import total_steps
 from tests.tiny import tiny_model
 from tests.unit.test_training import assert_same, weights
-from tests.unit.toy import train_values
+from tests.unit.toy import lengthen_answers, train_values
 
 
 def one_stage(folder: Path, train_groups: dict[str, float], **stage: Any) -> TrainConfig:
@@ -77,11 +77,13 @@ def test_which_groups_recompute() -> None:
 
 
 def test_eight_small_batches_are_one_large_one(tmp_path: Path) -> None:
-    """One step: the answers of the toy's records differ in length, so that a mean of means would show."""
+    """One step: answers differ in length, so that a mean of means would show."""
 
     def gradient(name: str, **stage: Any) -> float:
         common = {"max_steps": 1, "warmup_ratio": 0.0, "scheduler": "constant", "cache_features": False}
-        train(one_stage(tmp_path, {"adapters": 1e-3}, **common, **stage), tmp_path / name)
+        config = one_stage(tmp_path, {"adapters": 1e-3}, **common, **stage)
+        lengthen_answers(tmp_path / "data" / "data.json")
+        train(config, tmp_path / name)
         return logs_of(tmp_path / name)[0]
 
     large, small = gradient("large", batch_size=8), gradient("small", batch_size=1, gradient_accumulation=8)

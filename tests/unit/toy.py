@@ -64,6 +64,15 @@ def write_data(folder: Path, count: int = 8) -> Path:
     return path
 
 
+def lengthen_answers(path: Path) -> None:
+    """Make the answers of a `write_data` file differ in length, so that a mean of means over tokens shows."""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    for number, record in enumerate(records):
+        answer = record["conversations"][1]
+        answer["value"] = " ".join([answer["value"]] * (1 + number % 4))
+    path.write_text(json.dumps(records), encoding="utf-8")
+
+
 def train_values(folder: Path, **stage: Any) -> dict[str, Any]:
     """Plain values of a train config of two stages, projector and finetune; `stage` goes into both."""
     data = {"path": str(write_data(folder / "data"))}

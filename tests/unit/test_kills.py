@@ -43,7 +43,7 @@ def fork(schedule: TrainConfig, output: Path, prepare: Callable[[], None] = lamb
         code = 1
         try:
             prepare()
-            with (output.parent / "log").open("a") as log:
+            with (output.parent / "log").open("a", buffering=1) as log:
                 train(schedule, output, console=Console(file=log))
             code = 0
         except SystemExit as end:
@@ -170,6 +170,8 @@ def test_a_kill_at_the_worst_moment_changes_nothing(
     if prepare is in_a_checkpoint:  # of the first run
         assert list(output.glob("runs/*/.checkpoint.partial/*")) and len(list(output.glob("runs/*/checkpoint-*"))) == 2
     assert os.waitstatus_to_exitcode(os.waitpid(fork(schedule, output), 0)[1]) == 0
+    # A run that began anew would end alike: it has to go on.
+    assert (output.parent / "log").read_text().count(": step 1/4") == len(schedule.stages)
     assert_same(weights(output / "model"), weights(whole / "model"))
     assert metrics(output) == metrics(whole)
     assert not list(output.rglob(".*.partial")) and not list(output.glob("runs/*/*"))
@@ -197,5 +199,6 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(
     assert [path.name for path in output.glob("runs/*/*")] == ["checkpoint-2"]
     assert_nothing_half(output)
     assert os.waitstatus_to_exitcode(os.waitpid(fork(rare, output), 0)[1]) == 0
+    assert (output.parent / "log").read_text().count(": step 1/4") == len(schedule.stages)
     assert_same(weights(output / "model"), weights(whole / "model"))
     assert metrics(output) == metrics(whole)

@@ -59,6 +59,13 @@ def put_in_place(made: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder so that it is never half there under its name; `remove_leftovers` ends what a kill cuts short."""
+    going = folder.with_name(f".{folder.name}.partial")
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")

@@ -28,7 +28,7 @@ from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
-from moe_vision.training.checkpoints import remove_leftovers, sync_tree, write_atomically, writing
+from moe_vision.training.checkpoints import discard, remove_leftovers, sync_tree, write_atomically, writing
 from moe_vision.training.curves import write_curves
 from moe_vision.training.data import read_stages, report_of, settle, skipped_lines, staged
 from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
@@ -170,9 +170,11 @@ def prepare(
 
 
 def remove_checkpoints(output: Path, run: Run) -> None:
-    """Those of a finished run."""
-    for checkpoint in (output / "runs" / run.name).glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    """Those of a finished run, and what a kill has left of them."""
+    folder = output / "runs" / run.name
+    for checkpoint in folder.glob("checkpoint-*"):
+        discard(checkpoint)
+    remove_leftovers(folder)
 
 
 def save_synced(

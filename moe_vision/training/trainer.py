@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.training.checkpoints import put_in_place, writing
+from moe_vision.training.checkpoints import discard, put_in_place, writing
 from moe_vision.training.groups import modes_of, optimizer_groups, parameter_groups
 from moe_vision.training.turns import Turns
 
@@ -194,7 +194,8 @@ class GroupTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save:
-            rotate_checkpoints(str(folder), self.args.save_total_limit)
+            for old in sort_checkpoints(str(folder))[: -cast(int, self.args.save_total_limit)]:
+                discard(Path(old))
 
 
 class LossSinceLog(TrainerCallback):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from moe_vision.training import runner
+from moe_vision.training import checkpoints, runner
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
 from moe_vision.training.trainer import GroupTrainer
@@ -140,13 +140,23 @@ def in_a_checkpoint() -> None:
 def between_runs() -> None:
     """Die when the first run is finished, before its checkpoints go."""
 
-    def remove(*args: Any, **kwargs: Any) -> None:
-        if str(args[0]).rpartition("/")[2].startswith("checkpoint-"):
-            die()
-        original(*args, **kwargs)
+    def remove(*args: Any) -> None:
+        die()
 
-    original = runner.shutil.rmtree
-    runner.shutil.rmtree = remove  # type: ignore[assignment]
+    runner.remove_checkpoints = remove
+
+
+def in_a_removal() -> None:
+    """Die when half of an old checkpoint is gone."""
+
+    def remove(folder: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(folder).name.startswith(".checkpoint-"):
+            (Path(folder) / "optimizer.pt").unlink()
+            die()
+        original(folder, *args, **kwargs)
+
+    original = checkpoints.shutil.rmtree
+    checkpoints.shutil.rmtree = remove  # type: ignore[assignment]
 
 
 def before_a_run_is_finished() -> None:
@@ -158,7 +168,7 @@ def before_a_run_is_finished() -> None:
     runner.save_synced = saving
 
 
-@pytest.mark.parametrize("prepare", [in_a_checkpoint, between_runs, before_a_run_is_finished])
+@pytest.mark.parametrize("prepare", [in_a_checkpoint, in_a_removal, between_runs, before_a_run_is_finished])
 def test_a_kill_at_the_worst_moment_changes_nothing(
     unbroken: tuple[TrainConfig, Path, float], tmp_path: Path, prepare: Callable[[], None]
 ) -> None:

@@ -3,18 +3,19 @@
     python benchmarks/training.py
 
 Steps: the miniature with five frozen experts on pixels, adapters and language model train, the same records in batches
-of 16. All ways take turns, a block of steps each, so that what else the machine does meets them all; ratios are those
-of medians over all steps. LLaVA: transformers' `LlavaForConditionalGeneration` and Trainer against ours, with the same
-CLIP, projector, language model, tokens, records and batches; all but CLIP trains. Loader: JPEGs of 12 megapixels,
-decoded and cut to the model's views on one thread.
+of 16. Two ways run side by side, a step of the one, then a step of the other, so that what else the machine does meets
+both alike: steps of some hundredths of a second scatter by a tenth from one minute to the next. LLaVA: transformers'
+`LlavaForConditionalGeneration` and Trainer against ours, with the same CLIP, projector, language model, tokens, records
+and batches; all but CLIP trains. Loader: JPEGs of 12 megapixels, decoded and cut to the model's views on one thread.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
+import threading
 import time
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    trainer,
 )
 
 from moe_vision.config import load_config, read_yaml, validate
@@ -45,22 +47,87 @@ from moe_vision.training.schedule import TrainConfig
 
 RATES = {"adapters": 1e-3, "language_model": 3e-4}
 BATCH = 16
+WARM = 10
+"""Pairs of steps that are not counted."""
 
 
-def trainer_steps(data: Path, output: Path, steps: int, model: Any) -> list[float]:
-    """Seconds of each step but the first of a run of ours. model: path of a config, or its plain values."""
+class Relay(TrainerCallback):
+    """Lets two threads take a step each in turn, and times them; the first steps of each warm up."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.seconds: dict[int, list[float]] = {}
+        self.waiting: list[int] = []
+        self.started = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.leave()
+
+    def step(self) -> None:
+        """A step of this thread has ended: let the other one take its own, and wait for it."""
+        me, now = threading.get_ident(), time.perf_counter()
+        with self.condition:
+            if me not in self.seconds:
+                self.seconds[me] = []
+                self.waiting.append(me)
+            else:
+                self.seconds[me].append(now - self.started)
+                self.waiting.append(self.waiting.pop(0))
+            self.condition.notify_all()
+            self.condition.wait_for(lambda: len(self.seconds) == 2 and self.waiting[0] == me)
+            self.started = time.perf_counter()
+
+    def leave(self) -> None:
+        with self.condition:
+            self.waiting.remove(threading.get_ident())
+            self.condition.notify_all()
+
+
+@contextmanager
+def timed_by(relay: Relay) -> Iterator[None]:
+    """Every Trainer that is made in this block takes part."""
+    trainer.DEFAULT_CALLBACKS.append(relay)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        trainer.DEFAULT_CALLBACKS.remove(relay)  # type: ignore[arg-type]
+
+
+def side_by_side(mine: Callable[[], None], theirs: Callable[[Relay], None]) -> tuple[list[float], list[float]]:
+    """Seconds of each step of both, from the same pairs of steps. mine runs in this thread, where signals belong."""
+    relay = Relay()
+    with timed_by(relay):
+        other = threading.Thread(target=theirs, args=(relay,))
+        other.start()
+        mine()
+        other.join()
+    a, b = relay.seconds.pop(threading.get_ident()), next(iter(relay.seconds.values()))
+    count = min(len(a), len(b))
+    return a[WARM:count], b[WARM:count]
+
+
+def said(mine: list[float], theirs: list[float]) -> str:
+    """How much longer a step of mine takes: of medians, and the standard error of the mean over pairs."""
+    more = [a / b - 1 for a, b in zip(mine, theirs, strict=True)]
+    error = statistics.stdev(more) / len(more) ** 0.5
+    return f"{statistics.median(mine) / statistics.median(theirs) - 1:+.1%} ± {error:.1%} ({len(more)} pairs of steps)"
+
+
+def trainer_steps(data: Path, output: Path, steps: int, model: Any) -> None:
+    """A run of ours. model: path of a config, or its plain values."""
     stage = {
         "name": "timed", "train": RATES, "data": {"path": str(data)}, "max_steps": steps, "batch_size": BATCH,
         "cache_features": False, "save_steps": 10 * steps,
     }  # fmt: skip
     config = TrainConfig.model_validate({"model": model, "stages": [stage]})
     train(config, output, console=Console(quiet=True))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["step_seconds"] for line in lines if "loss" in line][1:]
 
 
-def loop_steps(data: Path, steps: int) -> list[float]:
-    """Seconds of each step but the first of a loop that does the same and nothing more."""
+def loop_steps(data: Path, steps: int, relay: Relay) -> None:
+    """A loop that does the same and nothing more."""
     model, processor = compose(load_config(ModelConfig, packaged_config("model/micro.yaml")))
     rates = learning_rates(model, RATES)
     freeze_all_but(model, rates)
@@ -71,9 +138,8 @@ def loop_steps(data: Path, steps: int) -> list[float]:
     dataset = ConversationDataset(load_records(data), processor)
     loader = DataLoader(dataset, BATCH, shuffle=True, collate_fn=Collator(processor.tokenizer.pad_token_id))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    seconds: list[float] = []
-    while len(seconds) < steps:
-        started = time.perf_counter()
+    taken = 0
+    while taken < steps:
         for batch in loader:
             loss = model(**batch).loss
             loss.backward()
@@ -81,12 +147,11 @@ def loop_steps(data: Path, steps: int) -> list[float]:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            now = time.perf_counter()
-            seconds.append(now - started)
-            started = now
-            if len(seconds) == steps:
+            relay.step()
+            taken += 1
+            if taken == steps:
                 break
-    return seconds[1:]
+    relay.leave()
 
 
 def clip_alone() -> dict[str, Any]:
@@ -111,16 +176,8 @@ class LlavaCollator:
         return batch
 
 
-class StepTimes(TrainerCallback):
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
-
-
-def llava_steps(data: Path, output: Path, steps: int) -> tuple[list[float], int, int]:
-    """Seconds of each step but the first of transformers' LLaVA and Trainer; tokens of the first record, parameters."""
+def llava_steps(data: Path, output: Path, steps: int) -> tuple[int, int]:
+    """A run of transformers' LLaVA and Trainer; returns tokens of the first record, parameters."""
     ours, processor = compose(validate(ModelConfig, clip_alone(), source="clip alone"))
     tower: Any = ours.model.vision_tower.experts["clip"].model
     text = ours.config.text_config
@@ -132,18 +189,16 @@ def llava_steps(data: Path, output: Path, steps: int) -> tuple[list[float], int,
     model.model.language_model.load_state_dict(ours.model.language_model.state_dict())
     model.model.vision_tower.requires_grad_(False)
     dataset = ConversationDataset(load_records(data), processor)
-    times = StepTimes()
     arguments = TrainingArguments(
         output_dir=str(output), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-4, use_cpu=True,
-        lr_scheduler_type="cosine", weight_decay=0.0, logging_steps=1, save_strategy="no", remove_unused_columns=False,
+        lr_scheduler_type="cosine", weight_decay=0.0, logging_steps=10, save_strategy="no", remove_unused_columns=False,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     collator = LlavaCollator(ours, processor.tokenizer.pad_token_id)
-    trainer = Trainer(model, arguments, collator, dataset, callbacks=[times])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    seconds = [after - before for before, after in pairwise(times.times)]
-    return seconds, len(dataset[0]["input_ids"]), sum(p.numel() for p in model.parameters())
+    llava = Trainer(model, arguments, collator, dataset)
+    llava.remove_callback(PrinterCallback)
+    llava.train()
+    return len(dataset[0]["input_ids"]), sum(p.numel() for p in model.parameters())
 
 
 def loader_speed(folder: Path, pictures: int) -> float:
@@ -161,33 +216,31 @@ def loader_speed(folder: Path, pictures: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="of each block")
-    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400, help="of each way")
     parser.add_argument("--pictures", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    ours: list[float] = []
-    bare: list[float] = []
-    alone: list[float] = []
-    llava: list[float] = []
-    micro = str(packaged_config("model/micro.yaml"))
+    torch.set_num_threads(arguments.threads)
+    steps, micro = arguments.steps, str(packaged_config("model/micro.yaml"))
+    sizes: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_split(folder, "train", 640)["questions"]
-        for block in range(arguments.blocks):
-            bare += loop_steps(data, arguments.steps)
-            ours += trainer_steps(data, folder / f"run-{block}", arguments.steps, micro)
-            alone += trainer_steps(data, folder / f"alone-{block}", arguments.steps, clip_alone())
-            seconds, tokens, parameters = llava_steps(data, folder / f"llava-{block}", arguments.steps)
-            llava += seconds
+        ours, loop = side_by_side(
+            lambda: trainer_steps(data, folder / "run", steps, micro), lambda relay: loop_steps(data, steps, relay)
+        )
+        alone, llava = side_by_side(
+            lambda: trainer_steps(data, folder / "alone", steps, clip_alone()),
+            lambda relay: sizes.append(llava_steps(data, folder / "llava", steps)),
+        )
         speed = loader_speed(folder, arguments.pictures)
-    mine, loop = statistics.median(ours), statistics.median(bare)
-    print(f"steps/s: trainer {1 / mine:.2f}, bare loop {1 / loop:.2f}; the trainer takes {mine / loop - 1:+.1%}")
-    mine, theirs = statistics.median(alone), statistics.median(llava)
+    (tokens, parameters), rate = sizes[0], lambda seconds: f"{1 / statistics.median(seconds):.2f} steps/s"
+    print(f"trainer {rate(ours)}, bare loop {rate(loop)}: the trainer takes {said(ours, loop)}")
     print(
-        f"CLIP alone, {tokens} tokens in the first record: ours {1 / mine:.2f} steps/s, LLaVA of {parameters:,} "
-        f"parameters and transformers' Trainer {1 / theirs:.2f}; ours takes {mine / theirs - 1:+.1%}"
+        f"CLIP alone, {tokens} tokens in the first record: ours {rate(alone)}, LLaVA of {parameters:,} parameters and "
+        f"transformers' Trainer {rate(llava)}: ours takes {said(alone, llava)}"
     )
-    print(f"loader: {speed:.1f} pictures of 12 megapixels a second on one core")
+    print(f"loader: {speed:.1f} pictures of 12 megapixels a second on one core; {arguments.threads} threads elsewhere")
 
 
 if __name__ == "__main__":

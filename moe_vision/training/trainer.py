@@ -85,7 +85,8 @@ class GroupTrainer(Trainer):
             groups = optimizer_groups(
                 cast(MoeVisionForConditionalGeneration, self.model), self.rates, self.weight_decay
             )
-            self.optimizer = torch.optim.AdamW(groups, betas=(self.args.adam_beta1, self.args.adam_beta2))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -221,6 +221,10 @@ def schedule_class(path: Path) -> "type[TrainConfig] | None":
     values = read_yaml(path)
     if "stages" not in values:
         return None
+    if "validation" in values or "pool" in values:
+        from moe_vision.search import SearchConfig
+
+        return SearchConfig
     if "mixers" in values or "test" in values:
         from moe_vision.comparison import CompareConfig
 
@@ -241,6 +245,10 @@ def train(
         Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths of --data start from.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what frozen experts make of pictures, for other runs too.")
+    ] = None,
+    features_gb: Annotated[float, typer.Option(help="Gigabytes of --features at most.", min=0.0)] = 20.0,
     only: Annotated[
         list[str] | None,
         typer.Option(help="A run that aligns an expert, as [bold]01-prealign-sam[/bold]; repeatable. Do no others."),
@@ -255,7 +263,12 @@ def train(
     train_config = load_train_config(config, overrides or [])
     if data is not None:
         train_config = on_file(train_config, data_config(data, image_root))
-    folder = run(train_config, output, overwrite=overwrite, console=Console(), only=only or [])
+    cache = None
+    if features is not None:
+        from moe_vision.training.feature_store import FeatureStore
+
+        cache = FeatureStore(features, features_gb)
+    folder = run(train_config, output, overwrite=overwrite, console=Console(), cache=cache, only=only or [])
     said = f"model: {folder}" if folder != output else f"output: {folder}"
     main_console(Console()).print(said, highlight=False, markup=False, soft_wrap=True)
     finish()
@@ -312,6 +325,42 @@ def compare(
     else:
         Console().print(comparison_table(summary))
         print(f"report: {output / 'report.md'}")
+
+
+@app.command()
+def search(
+    config: Annotated[Path, typer.Argument(help="A search config, in YAML.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the search; the same call resumes it.")] = (
+        Path("search")
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="LLaVA-format JSON or JSONL, in place of every stage's data.")
+    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="LLaVA-format JSON or JSONL that sets are chosen by.")] = None,
+    test: Annotated[Path | None, typer.Option(help="LLaVA-format JSON or JSONL that the chosen set is asked.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths of these files start from.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what has failed before.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the experts that help most, one round at a time, with a report that says what can be told from chance."""
+    from moe_vision.search import SearchConfig
+    from moe_vision.search import search as run
+    from moe_vision.training.loading import load_schedule
+
+    searched = load_schedule(SearchConfig, config, overrides or [])
+    if data is not None:
+        searched = on_file(searched, data_config(data, image_root))
+    asked = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
+    searched = searched.model_copy(update={name: data_config(path, image_root) for name, path in asked.items()})
+    summary = run(searched, output, overwrite=overwrite, retry_failed=retry_failed, console=Console(stderr=as_json))
+    if as_json:
+        print_json(summary)
+    else:
+        best = summary["best"]
+        print(f"best: {' + '.join(best['experts'])}, {best['test']['value']['mean']:.3f} of the test split")
+        print(f"report: {output / 'report.md'}; train it: moe-vision train {output / 'best.yaml'} --output run")
 
 
 @app.command("eval")
@@ -391,7 +440,7 @@ def model_folder(path: Path) -> Path:
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(help="model, train or compare")] = "model",
+    kind: Annotated[str, typer.Argument(help="model, train, compare or search")] = "model",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of printing.")] = None,
 ) -> None:
     """Print the JSON Schema that editors complete and check config files with."""
@@ -399,9 +448,11 @@ def schema(
     from moe_vision.config import Config
     from moe_vision.modeling.model_config import ModelConfig
     from moe_vision.registry import suggest
+    from moe_vision.search import SearchConfig
     from moe_vision.training.schedule import TrainConfig
 
-    kinds: dict[str, type[Config]] = {"model": ModelConfig, "train": TrainConfig, "compare": CompareConfig}
+    kinds: dict[str, type[Config]] = {"model": ModelConfig, "train": TrainConfig, "compare": CompareConfig,
+                                     "search": SearchConfig}  # fmt: skip
     if kind not in kinds:
         raise ValueError(f"schema of '{kind}': {suggest(kind, list(kinds))}")
     text = json.dumps(kinds[kind].model_json_schema(), indent=2)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from moe_vision.config import Config, ConfigError, Problem, merge, validate
 from moe_vision.data.records import Record
-from moe_vision.evaluation import evaluate, generate
+from moe_vision.evaluation import evaluate, generate, over_seeds
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import CostTable, cost
@@ -331,12 +331,6 @@ def summarise(
         "seeds": seeds, "steps": results[0].steps, "questions": questions, "data": list(dict.fromkeys(data)),
         "seconds": sum(result.seconds for result in results), "mixers": mixers,
     }  # fmt: skip
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (null of a single value) and the values in the order of the seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "spread": spread, "values": list(values)}
 
 
 def report(summary: Mapping[str, Any]) -> str:

@@ -1,17 +1,22 @@
 """Ask a model, and score its answers by exact match."""
 
+import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moe_vision.data.chat import image_tokens, message, render
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+
+Pictures = Callable[[Sequence[Path]], dict[str, Any]]
+"""From paths of pictures to what stands for them: the model's inputs `pixel_values`, `mixed_tokens`, `feature_maps`."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,12 @@ def evaluate(
     records: Sequence[Record],
     batch_size: int = 64,
     max_new_tokens: int = 16,
+    pictures: Pictures | None = None,
 ) -> EvalReport:
     """Answer the last question of every record, greedily, in left-padded batches, and score by exact match.
 
-    Raises ValueError if there is no record.
+    pictures: what experts made of the pictures before, where they are not sliced; they are decoded if null. Raises
+    ValueError if there is no record.
     """
     if not records:
         raise ValueError("there is no record to evaluate: give at least one")
@@ -59,7 +66,7 @@ def evaluate(
     predictions = []
     for start in range(0, len(records), batch_size):
         chunk = records[start : start + batch_size]
-        answers = generate(model, processor, [(r.turns[:-1], r.images) for r in chunk], max_new_tokens)
+        answers = generate(model, processor, [(r.turns[:-1], r.images) for r in chunk], max_new_tokens, known=pictures)
         for record, answer_ in zip(chunk, answers, strict=True):
             predictions.append(Prediction(record.id, record.task, record.turns[-1].text, answer_))
     grouped: dict[str, list[bool]] = defaultdict(list)
@@ -69,14 +76,24 @@ def evaluate(
     return EvalReport(by_task, sum(by_task.values()) / len(by_task), len(predictions), predictions)
 
 
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (null of a single value) and the values in the order of the seeds."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "spread": spread, "values": list(values)}
+
+
 def generate(
     model: MoeVisionForConditionalGeneration,
     processor: MoeVisionProcessor,
     prompts: Sequence[tuple[Sequence[Turn], Sequence[Path]]],
     max_new_tokens: int,
     min_new_tokens: int | None = None,
+    known: Pictures | None = None,
 ) -> list[str]:
-    """Greedy answers to conversations with their pictures. Each distinct picture of the batch is encoded once."""
+    """Greedy answers to conversations with their pictures. Each distinct picture of the batch is encoded once.
+
+    known: as `pictures` of `evaluate`.
+    """
     texts = [render(processor, [message(turn) for turn in turns], generation=True) for turns, _ in prompts]
     pictures = [(path, len(images)) for _, images in prompts for path in images]
     inputs = processor.tokenizer(
@@ -87,7 +104,9 @@ def generate(
         return_token_type_ids=False,
         return_tensors="pt",
     ).to(model.device)
-    encoded: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, processor, pictures)}} if pictures else {}
+    encoded: dict[str, Any] = {}
+    if pictures:
+        encoded["mm_encoder_outputs"] = {"image": encode(model, processor, pictures, known)}
     output: Any = model.generate(
         **inputs, **encoded, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, do_sample=False
     )
@@ -102,16 +121,18 @@ def with_placeholders(text: str, images: Sequence[Path], processor: MoeVisionPro
 
 
 def encode(
-    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, pictures: Sequence[tuple[Path, int]]
-) -> BaseModelOutputWithPooling:
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, pictures: Sequence[tuple[Path, int]],
+    known: Pictures | None = None,
+) -> BaseModelOutputWithPooling:  # fmt: skip
     """Tokens [N, D] for every picture (its path, and how many its prompt has) in order, as `pooler_output`; each
     distinct one is encoded once."""
     distinct = list(dict.fromkeys(pictures))
-    inputs = processor.image_processor(
-        [load_image(path) for path, _ in distinct], images_per_prompt=[n for _, n in distinct], return_tensors="pt"
-    )
-    views, sizes = inputs["pixel_values"].to(model.device), inputs["image_sizes"].to(model.device)
-    encoded: Any = model.get_image_features(views, sizes, return_dict=True)
+    if known is None:
+        images = [load_image(path) for path, _ in distinct]
+        made = processor.image_processor(images, images_per_prompt=[n for _, n in distinct], return_tensors="pt").data
+    else:
+        made = known([path for path, _ in distinct])
+    encoded: Any = model.get_image_features(**send_to_device(made, model.device), return_dict=True)
     rows = [distinct.index(picture) for picture in pictures]
     output = BaseModelOutputWithPooling()
     for key in ("pooler_output", "local", "places"):  # the latter two where a selector needs them

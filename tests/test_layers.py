@@ -13,8 +13,8 @@ LAYERS = {
     "slicing": 1, "experts": 1, "fusion": 1,
     "modeling": 2,
     "data": 3, "interop": 3, "evaluation": 4,
-    "training": 4, "recipes": 4, "export": 4, "search": 5, "viz": 5,
-    "quickstart": 6, "comparison": 6, "cli": 7, "__main__": 8,
+    "training": 4, "recipes": 4, "export": 4, "viz": 5,
+    "quickstart": 6, "comparison": 6, "search": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 SIBLINGS_MAY = {"config": {"registry"}, "recipes": set(), "export": set()}
 

@@ -1,4 +1,4 @@
-"""What frozen parts made of pictures, kept in memory: each picture goes through them once, not once an epoch.
+"""What frozen parts made of pictures, kept: each picture goes through them once, not once an epoch.
 
 Where neither experts nor mixers train, mixed tokens [N, C] stand for a picture; where mixers train, the maps [C, h, w]
 of the frozen experts do. An expert that trains, or between whose blocks a mixer speaks, runs in every step, on pixels.
@@ -6,6 +6,7 @@ of the frozen experts do. An expert that trains, or between whose blocks a mixer
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,55 @@ from moe_vision.training.schedule import StageConfig
 PIXELS = "pixel_values"
 
 
+class Maps:
+    """Maps [C, h, w], or pixels [3, H, W], of pictures by path, all made by the same."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Path, torch.Tensor] = {}
+
+    def __getitem__(self, path: Path) -> torch.Tensor:
+        return self.kept[path]
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self.kept
+
+    def missing(self, paths: Sequence[Path]) -> list[Path]:
+        """Those of the pictures that are not here."""
+        return [path for path in paths if path not in self]
+
+    def add(self, paths: Sequence[Path], maps: torch.Tensor) -> None:
+        """maps [n, …] of n pictures."""
+        self.kept |= zip(paths, maps, strict=True)
+
+    def flush(self) -> None:
+        """All of a batch of pictures was added."""
+
+
 class FeatureCache:
-    """Maps [C, h, w] and pixels [3, H, W] of pictures, by a digest of what makes them and by path.
+    """Maps of pictures by a digest of what makes them, in memory.
 
     Runs over the same pictures may share one: the digest holds the expert's weights, so a map never stands for what
     another expert would have made.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str, dict[Path, torch.Tensor]] = {}
+        self.kept: dict[str, Maps] = {}
 
-    def of(self, digest: str) -> dict[Path, torch.Tensor]:
-        return self.kept.setdefault(digest, {})
+    def of(self, digest: str, made_by: str) -> Maps:
+        """The maps of a digest. made_by: tells people what it is."""
+        return self.kept.setdefault(digest, Maps())
 
     def size(self) -> int:
         """Bytes."""
-        return sum(value.nbytes for values in self.kept.values() for value in values.values())
+        return sum(value.nbytes for maps in self.kept.values() for value in maps.kept.values())
+
+    def has_room(self, new: int, beside: int, cache_bytes: float) -> bool:
+        """Whether so many bytes more fit into a stage's `cache_gb`, with others beside them."""
+        return self.size() + new + beside <= cache_bytes
+
+    def filling(self, stores: Sequence[Maps]) -> AbstractContextManager[None]:
+        """Held while maps are added."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -48,8 +82,8 @@ class KnownPictures:
     """
 
     mixed_tokens: Mapping[Path, torch.Tensor] | None = None
-    maps: Mapping[str, Mapping[Path, torch.Tensor]] | None = None
-    pixels: Mapping[Path, torch.Tensor] | None = None
+    maps: Mapping[str, Maps] | None = None
+    pixels: Maps | None = None
     rescale_factor: float = 1 / 255
 
     def __call__(self, images: Sequence[Path]) -> dict[str, Any]:
@@ -75,13 +109,11 @@ def stage_inputs(
     """
     if not stage.cache_features or not model.model.policy.one_view:
         return None
-    paths = sorted({path for record in records for path in record.images})
-    if touches("mixers", rates) or touches("experts", rates):
-        return known_maps(model, processor, paths, stage, rates, FeatureCache() if cache is None else cache)
+    paths = pictures_of(records)
     shape = model.config.vision_config.mixed_shape("overview")
     mixed_bytes = len(paths) * shape.num_tokens * shape.channels * 4
-    if mixed_bytes > stage.cache_gb * 1e9:
-        return None
+    if touches("mixers", rates) or touches("experts", rates) or mixed_bytes > stage.cache_gb * 1e9:
+        return known_maps(model, processor, paths, stage, rates, FeatureCache() if cache is None else cache)
     known = None
     if cache is not None:
         known = known_maps(model, processor, paths, stage, rates, cache, beside=mixed_bytes)
@@ -93,36 +125,65 @@ def known_maps(
     rates: Mapping[str, float], cache: FeatureCache, beside: int = 0,
 ) -> KnownPictures | None:  # fmt: skip
     """Maps of every expert that may run beforehand, and pixels for the others; None if none may, or if they do not fit
-    into `cache_gb`, with so many bytes beside them."""
+    into the cache, with so many bytes beside them."""
     vision, tower = model.config.vision_config, model.model.vision_tower
     injected: Any = tower.mixers["overview"].injected
     names = vision.branch_experts("overview")
     frozen = [name for name in names if not touches(f"experts.{name}", rates) and name != injected]
     if not frozen:
         return None
+    stores = maps_of(model, processor, paths, frozen, stage, cache, beside, pixels=len(frozen) < len(names))
+    if stores is None:
+        return None
+    factor = processor.image_processor.rescale_factor
+    return KnownPictures(None, {name: stores[name] for name in frozen}, stores.get(PIXELS), factor)
+
+
+def expert_maps(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path],
+    names: Sequence[str], stage: StageConfig, cache: FeatureCache,
+) -> dict[str, Maps]:  # fmt: skip
+    """Maps of these experts, whatever trains. Raises ValueError if they do not fit into the cache."""
+    stores = maps_of(model, processor, paths, names, stage, cache)
+    if stores is None:
+        raise ValueError(f"maps of {', '.join(names)} of {len(paths)} pictures do not fit into the feature cache: give "
+                         "it more gigabytes")  # fmt: skip
+    return stores
+
+
+def maps_of(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, paths: Sequence[Path],
+    names: Sequence[str], stage: StageConfig, cache: FeatureCache, beside: int = 0, *, pixels: bool = False,
+) -> dict[str, Maps] | None:  # fmt: skip
+    """Maps of these experts, and pixels if wanted, by name; None where they do not fit."""
+    vision, tower = model.config.vision_config, model.model.vision_tower
     canvas = {key: value for key, value in vision.slicing.items() if not key.startswith("tokens_per")}
     configs, shapes = vision.expert_configs(), vision.map_shapes("overview")
     stores = {
-        name: cache.of(digest_of(tower.experts[name], (configs[name].to_dict(), canvas, stage.precision)))
-        for name in frozen
+        name: cache.of(
+            digest_of(tower.experts[name], (configs[name].to_dict(), canvas, stage.precision)), f"expert '{name}'"
+        )
+        for name in names
     }
-    sizes = {name: 4 * shapes[name].channels * shapes[name].grid[0] * shapes[name].grid[1] for name in frozen}
-    if len(frozen) < len(names):
+    sizes = {name: 4 * shapes[name].channels * shapes[name].grid[0] * shapes[name].grid[1] for name in names}
+    if pixels:
         height, width = vision.canvas_size()
-        stores[PIXELS], sizes[PIXELS] = cache.of(digest_of(None, canvas)), 3 * height * width
-    missing = {name: [path for path in paths if path not in store] for name, store in stores.items()}
+        stores[PIXELS], sizes[PIXELS] = cache.of(digest_of(None, canvas), "pixels"), 3 * height * width
+    missing = {name: store.missing(paths) for name, store in stores.items()}
     new = sum(sizes[name] * len(missing[name]) for name in stores)
-    if cache.size() + new + beside > stage.cache_gb * 1e9:
+    if not cache.has_room(new, beside, stage.cache_gb * 1e9):
         return None
-    fill(model, processor, stores, missing, stage)
-    factor = processor.image_processor.rescale_factor
-    return KnownPictures(None, {name: stores[name] for name in frozen}, stores.get(PIXELS), factor)
+    if new:
+        with cache.filling(list(stores.values())):
+            missing = {name: store.missing(paths) for name, store in stores.items()}  # others may have been here
+            fill(model, processor, stores, missing, stage)
+    return stores
 
 
 @torch.no_grad()
 def fill(
     model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor,
-    stores: Mapping[str, dict[Path, torch.Tensor]], missing: Mapping[str, Sequence[Path]], stage: StageConfig,
+    stores: Mapping[str, Maps], missing: Mapping[str, Sequence[Path]], stage: StageConfig,
 ) -> None:  # fmt: skip
     """Put what is missing into the stores of maps, by expert, and of pixels."""
     tower = model.model.vision_tower.eval()
@@ -138,7 +199,9 @@ def fill(
             else:
                 with autocast(stage, on_device.device):
                     made = tower.experts[name](on_device).data.cpu()
-            store |= zip(chunk, made, strict=True)
+            store.add(chunk, made)
+    for store in stores.values():
+        store.flush()
 
 
 @torch.no_grad()
@@ -162,6 +225,11 @@ def mixed_once(
 def autocast(stage: StageConfig, device: torch.device) -> torch.autocast:
     """As Trainer runs the stage."""
     return torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+
+
+def pictures_of(records: Sequence[Record]) -> list[Path]:
+    """Every picture of records once."""
+    return sorted({path for record in records for path in record.images})
 
 
 def chunks(paths: Sequence[Path], size: int) -> list[Sequence[Path]]:

@@ -251,7 +251,7 @@ class TrainConfig(Config):
 
 
 def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make relative paths of a train config's or a comparison's plain values start at `folder`, where its file lies."""
+    """Make relative paths of the plain values of a config with stages start at `folder`, where its file lies."""
 
     def absolute(path: Any) -> Any:
         return str((folder / path).resolve()) if isinstance(path, str) else path
@@ -260,7 +260,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         data = holder.get(key) if isinstance(holder, dict) else None
         return {**holder, key: resolve_data(data, folder)} if isinstance(data, dict) else holder
 
-    resolved = dict(in_data(values, "test"))
+    resolved = dict(in_data(in_data(values, "test"), "validation"))
     if isinstance(values.get("model"), str):
         resolved["model"] = absolute(values["model"])
     stages = values.get("stages")

@@ -1,0 +1,172 @@
+"""Where jobs run: here one after the other, in processes of this machine, or as tasks of a Ray cluster.
+
+An executor takes independent jobs and gives each back when it has ended, with its result or the error that it raised.
+What is not a fault of the job, a full disk or a lost cluster, ends the search instead.
+"""
+
+import errno
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+import torch
+
+from moe_vision.search.config import LocalExecutor, RayExecutor
+from moe_vision.search.jobs import Job, Result, end_with, run_job
+from moe_vision.search.methods import SearchError
+from moe_vision.training.checkpoints import WriteError
+
+ATTEMPTS = 3
+"""How often a job may take its process with it before it counts as failed."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+Ended = tuple[Job, Result | str]
+"""A job with its result, or what went wrong."""
+
+Begun = Callable[[Job], None]
+
+
+class Executor(Protocol):
+    def run(self, jobs: Sequence[Job], begun: Begun) -> Iterator[Ended]:
+        """Run jobs, telling `begun` of each as it starts; yields each as it ends."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and connections."""
+        ...
+
+
+def executor_of(config: LocalExecutor | RayExecutor) -> Executor:
+    """Raises SearchError where it cannot work here."""
+    if isinstance(config, RayExecutor):
+        return Ray(config)
+    return InTurn(config.threads) if config.processes == 1 else Processes(config)
+
+
+def attempt(job: Job) -> Result | str:
+    """The result of a job, or its error as text. Raises WriteError and OSError where there is no room to write: that is
+    no fault of the job."""
+    try:
+        return run_job(job)
+    except Exception as error:
+        if isinstance(error, WriteError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+            raise
+        where = traceback.format_exc(limit=-3)
+        return f"{type(error).__name__}: {error}\n{where}"
+
+
+class InTurn:
+    """In this process, one after the other."""
+
+    def __init__(self, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    def run(self, jobs: Sequence[Job], begun: Begun) -> Iterator[Ended]:
+        for job in jobs:
+            begun(job)
+            yield job, attempt(job)
+
+    def close(self) -> None:
+        pass
+
+
+def enter_worker(threads: int, driver: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with, args=(driver,), daemon=True).start()
+
+
+class Processes:
+    """In processes of this machine; one that dies takes no other job with it for good."""
+
+    def __init__(self, config: LocalExecutor) -> None:
+        self.count = config.processes
+        self.threads = config.threads or max(1, (os.cpu_count() or 1) // config.processes)
+        self.pool = self.start()
+
+    def start(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.count, context, enter_worker, (self.threads, os.getpid()))
+
+    def run(self, jobs: Sequence[Job], begun: Begun) -> Iterator[Ended]:
+        waiting, running = list(jobs), dict[Future[Result | str], Job]()
+        deaths: dict[str, int] = {}
+        while waiting or running:
+            while waiting and len(running) < self.count:
+                job = waiting.pop(0)
+                begun(job)
+                running[self.pool.submit(attempt, job)] = job
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            broken = [running.pop(future) for future in done if isinstance(future.exception(), BrokenProcessPool)]
+            for future in done:
+                if future in running:
+                    yield running.pop(future), future.result()
+            if broken:  # whose process it was is not known; all that ran are tried again
+                broken += running.values()
+                running.clear()
+                self.close()
+                self.pool = self.start()
+            for job in broken:
+                deaths[job.key] = deaths.get(job.key, 0) + 1
+                if deaths[job.key] < ATTEMPTS:
+                    waiting.insert(0, job)
+                else:
+                    yield job, f"its process died {ATTEMPTS} times: out of memory, or killed"
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Ray:
+    """As tasks of a Ray cluster: the one at `address`, or one that is started on this machine. Ray runs a task again
+    whose worker or machine is lost."""
+
+    def __init__(self, config: RayExecutor) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise SearchError(
+                "executor ray needs Ray: pip install 'moe-vision[ray]', or leave the executor out"
+            ) from None
+        self.ray: Any = ray
+        self.mine = not ray.is_initialized()
+        if self.mine:
+            ray.init(
+                address=config.address, log_to_driver=False, include_dashboard=False if not config.address else None
+            )
+        offered = ray.cluster_resources()
+        for what, wanted in (("CPU", config.cpus), ("GPU", config.gpus)):
+            if wanted > offered.get(what, 0):
+                self.close()
+                raise SearchError(f"executor ray asks for {wanted} {what} a trial, the cluster has "
+                                  f"{offered.get(what, 0):g}: ask for less, or join machines to it")  # fmt: skip
+        self.task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=ATTEMPTS)(attempt_with)
+        self.threads = max(1, int(config.cpus))
+
+    def run(self, jobs: Sequence[Job], begun: Begun) -> Iterator[Ended]:
+        running = {}
+        for job in jobs:
+            begun(job)
+            running[self.task.remote(job, self.threads)] = job
+        while running:
+            (reference,), _ = self.ray.wait(list(running), num_returns=1)
+            job = running.pop(reference)
+            try:
+                yield job, self.ray.get(reference)
+            except self.ray.exceptions.WorkerCrashedError as error:
+                yield job, f"its worker died {ATTEMPTS + 1} times: {error}"
+
+    def close(self) -> None:
+        if self.mine:
+            self.ray.shutdown()
+
+
+def attempt_with(job: Job, threads: int) -> Result | str:
+    torch.set_num_threads(threads)
+    return attempt(job)

@@ -1,0 +1,139 @@
+"""What a process does for a search, from plain values to plain values: align an expert, train and ask a set of experts,
+ask a finished model."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from filelock import FileLock
+from rich.console import Console
+
+from moe_vision.data.records import Record
+from moe_vision.evaluation import evaluate
+from moe_vision.modeling.compose import load
+from moe_vision.training.data import records_of
+from moe_vision.training.feature_store import FeatureStore
+from moe_vision.training.features import KnownPictures, known_maps, pictures_of
+from moe_vision.training.prealign import aligned_file
+from moe_vision.training.runner import train
+from moe_vision.training.schedule import DataConfig, TrainConfig
+
+Kind = Literal["align", "trial", "test"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work. key: the hash of all that decides its result. schedule: a train config, its data on disk.
+    folder: of its training. asked: the data that the trained model is asked, on disk. features: folder and gigabytes
+    of the store, if there is one.
+    """
+
+    key: str
+    kind: Kind
+    experts: tuple[str, ...]
+    seed: int
+    schedule: dict[str, Any]
+    folder: str
+    asked: dict[str, Any] | None = None
+    max_new_tokens: int = 16
+    features: tuple[str, float] | None = None
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        what = {"align": "align", "trial": "train", "test": "test"}[self.kind]
+        return f"{what} {' + '.join(self.experts)}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """right: of each item that was asked, whether it was answered right. seconds: of training and asking."""
+
+    right: list[bool]
+    seconds: dict[str, float]
+    host: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_job(job: Job) -> Result:
+    """Do it, or what is left of it after a kill. Nobody else works in its folder meanwhile: what a killed driver has
+    left running ends first."""
+    folder = Path(job.folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        started = time.perf_counter()
+        schedule = TrainConfig.model_validate(job.schedule)
+        if job.kind != "align" or not aligned_file(folder, job.experts[0]).is_file():
+            trained(schedule, folder, job)
+        seconds = {"train": time.perf_counter() - started}
+        started = time.perf_counter()
+        right = [] if job.asked is None else asked(schedule, folder, job)
+        seconds["ask"] = time.perf_counter() - started
+    return Result(right, seconds, socket.gethostname())
+
+
+def trained(schedule: TrainConfig, folder: Path, job: Job) -> None:
+    """Train, in this process or by a launch of several. Raises RuntimeError with the end of a launch's output."""
+    if job.processes == 1:
+        train(schedule, folder, console=Console(quiet=True), cache=store_of(job))
+        return
+    config = folder.with_name(f"{folder.name}.yaml")
+    config.write_text(yaml.safe_dump(schedule.model_dump(mode="json")), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(job.processes)]
+    command += [] if torch.accelerator.is_available() else ["--cpu"]
+    command += ["--main_process_port", "0", "-m", "moe_vision", "train", str(config), "--output", str(folder)]
+    if job.features is not None:
+        command += ["--features", job.features[0], "--features-gb", str(job.features[1])]
+    with folder.with_name(f"{folder.name}.launch").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # the launch holds it too, and a killed worker's launch lives on
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[held.fileno()])
+    if ended.returncode != 0:
+        raise RuntimeError(f"the launch ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}")
+
+
+def asked(schedule: TrainConfig, folder: Path, job: Job) -> list[bool]:
+    """Whether the trained model answers each item right."""
+    assert job.asked is not None
+    records = asked_records(job.asked, folder)
+    model, processor = load(folder / "model")
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")  # type: ignore[arg-type]
+    known = known_pictures(model, processor, schedule, records, store_of(job))
+    report = evaluate(model, processor, records, max_new_tokens=job.max_new_tokens, pictures=known)
+    return [prediction.right for prediction in report.predictions]
+
+
+def asked_records(plain: dict[str, Any], folder: Path) -> list[Record]:
+    """Records of data that lies on the disk."""
+    return records_of(DataConfig.model_validate(plain), folder, 0)
+
+
+def known_pictures(
+    model: Any, processor: Any, schedule: TrainConfig, records: list[Record], store: FeatureStore | None
+) -> KnownPictures | None:
+    """What stands for the pictures of an evaluation: maps of the experts that no stage trains."""
+    if store is None or not model.model.policy.one_view:
+        return None
+    rates = {group: rate for stage in schedule.stages for group, rate in stage.rates.items()}
+    stage = schedule.stages[-1].model_copy(update={"precision": "fp32"})
+    return known_maps(model, processor, pictures_of(records), stage, rates, store)
+
+
+def store_of(job: Job) -> FeatureStore | None:
+    return None if job.features is None else FeatureStore(Path(job.features[0]), job.features[1])
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent has: a killed driver leaves nobody at work behind it."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)

@@ -1,0 +1,184 @@
+"""What frozen experts made of pictures, kept on disk: mapped into memory, checked, bounded, shared by processes.
+
+FOLDER/DIGEST/made_by.json      which expert, for people        FOLDER/DIGEST/*.safetensors  maps [n, …] of n pictures
+FOLDER/DIGEST/.filling          lock of who adds to it
+
+A digest names all that makes the maps, the expert's weights among it, so that an entry is never wrong, only unused. A
+picture is known by its path, size and time of change. Files are written whole and never change.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moe_vision.training.checkpoints import sync, write_atomically, writing
+from moe_vision.training.features import FeatureCache, Maps
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 64 * 2**20
+"""How much is written to one file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the map of a picture lies."""
+
+    file: Path
+    row: int
+    checksum: int
+
+
+class FeatureStore(FeatureCache):
+    """A FeatureCache below a folder, of at most so many gigabytes; the digest that was not used for the longest time
+    goes first. Any number of processes may share it.
+    """
+
+    def __init__(self, folder: Path, gigabytes: float) -> None:
+        self.folder, self.limit = folder, gigabytes * 1e9
+        self.opened: dict[str, StoredMaps] = {}
+
+    def of(self, digest: str, made_by: str) -> "StoredMaps":
+        if digest not in self.opened:
+            folder = self.folder / digest[:32]
+            with writing("the feature store", self.folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / "made_by.json", json.dumps({"made_by": made_by, "digest": digest}))
+            self.opened[digest] = StoredMaps(folder, made_by)
+        return self.opened[digest]
+
+    def size(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+
+    def has_room(self, new: int, beside: int, cache_bytes: float) -> bool:
+        """Whether so many bytes more fit, after what this process does not use has gone, the oldest first. What lies
+        `beside` is in memory, which `cache_bytes` bounds; what is here is not."""
+        if beside > cache_bytes:
+            return False
+        used = {maps.folder for maps in self.opened.values()}
+        others = [folder for folder in self.folder.glob("*") if folder.is_dir() and folder not in used]
+        for folder in sorted(others, key=lambda folder: folder.stat().st_mtime):
+            if self.size() + new <= self.limit:
+                break
+            shutil.rmtree(folder, ignore_errors=True)  # a process that has its files mapped keeps them
+        return self.size() + new <= self.limit
+
+    @contextmanager
+    def filling(self, stores: Sequence[Maps]) -> Iterator[None]:
+        """Nobody else adds to these in this block, so that no map is made twice."""
+        with ExitStack() as stack:
+            for folder in sorted(store.folder for store in stores if isinstance(store, StoredMaps)):
+                stack.enter_context(FileLock(folder / ".filling"))
+            yield
+
+
+class StoredMaps(Maps):
+    """Maps of one digest. Each is compared with its checksum before this process first gives it out; a file with a
+    damaged one is removed, with a warning that names picture and file, and its pictures are missing then."""
+
+    def __init__(self, folder: Path, made_by: str) -> None:
+        self.folder, self.made_by = folder, made_by
+        self.entries: dict[str, Entry] = {}
+        self.files: dict[Path, torch.Tensor] = {}
+        self.checked: dict[Path, torch.Tensor] = {}
+        self.pending: list[tuple[str, torch.Tensor]] = []
+
+    def __getitem__(self, path: Path) -> torch.Tensor:
+        return self.checked[path]
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self.checked
+
+    def missing(self, paths: Sequence[Path]) -> list[Path]:
+        self.read_new_files()
+        return [path for path in paths if path not in self.checked and not self.check(path)]
+
+    def read_new_files(self) -> None:
+        """Learn what other processes have added."""
+        for file in sorted(self.folder.glob("*.safetensors")):
+            if file in self.files:
+                continue
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    listed = json.loads(opened.metadata()["pictures"])
+                    self.files[file] = opened.get_tensor("maps")
+            except FileNotFoundError:  # another process needed the room, or found it damaged
+                continue
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                self.remove(file, f"file '{file}' is damaged ({error})")
+                continue
+            for row, (picture, checksum) in enumerate(listed):
+                self.entries.setdefault(picture, Entry(file, row, checksum))
+        os.utime(self.folder)  # used now: others go first
+
+    def check(self, path: Path) -> bool:
+        """Whether the map of a picture is here and whole."""
+        entry = self.entries.get(picture_key(path))
+        if entry is None:
+            return False
+        found = self.files[entry.file][entry.row]
+        if checksum_of(found) != entry.checksum:
+            self.remove(entry.file, f"the map of '{path}' in '{entry.file}' does not match its checksum")
+            return False
+        self.checked[path] = found
+        return True
+
+    def remove(self, file: Path, why: str) -> None:
+        """Take a damaged file away; its pictures are made again."""
+        logger.warning("feature store, %s: %s; it is removed, and its pictures are encoded again", self.made_by, why)
+        self.entries = {key: entry for key, entry in self.entries.items() if entry.file != file}
+        self.files.pop(file, None)
+        file.unlink(missing_ok=True)
+
+    def add(self, paths: Sequence[Path], maps: torch.Tensor) -> None:
+        for path, made in zip(paths, maps, strict=True):
+            if path not in self.checked:
+                self.checked[path] = made
+                self.pending.append((picture_key(path), made))
+        if sum(made.nbytes for _, made in self.pending) >= SEGMENT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added, whole or not at all. Raises WriteError."""
+        if not self.pending:
+            return
+        maps = torch.stack([made for _, made in self.pending]).contiguous()
+        listed = [(key, checksum_of(made)) for key, made in self.pending]
+        file = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        temporary = file.with_name(f".{file.name}.partial")
+        with writing("the feature store", self.folder):
+            save_file({"maps": maps}, temporary, metadata={"pictures": json.dumps(listed)})
+            sync(temporary)
+            temporary.replace(file)
+            sync(self.folder)
+        self.pending = []
+        # From here on the pictures' maps are those of the file, which the system may drop from memory and read again.
+        own = {key: path for path in self.checked if (key := picture_key(path)) in dict(listed)}
+        with safe_open(file, framework="pt") as opened:
+            self.files[file] = mapped = opened.get_tensor("maps")
+        for row, (key, checksum) in enumerate(listed):
+            self.entries[key] = Entry(file, row, checksum)
+            self.checked[own[key]] = mapped[row]
+
+
+def picture_key(path: Path) -> str:
+    """Names a picture as it lies on the disk now."""
+    found = path.stat()
+    return hashlib.sha256(f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode()).hexdigest()[:32]
+
+
+def checksum_of(value: torch.Tensor) -> int:
+    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy())

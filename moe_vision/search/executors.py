@@ -121,6 +121,8 @@ class Processes:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():  # else Python would wait for what they are at
+            worker.kill()
 
 
 class Ray:

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -32,8 +32,8 @@ Kind = Literal["align", "trial", "test"]
 @dataclass(frozen=True)
 class Job:
     """One piece of work. key: the hash of all that decides its result. schedule: a train config, its data on disk.
-    folder: of its training. asked: the data that the trained model is asked, on disk. features: folder and gigabytes
-    of the store, if there is one.
+    folder: of its training. asked: the data that the trained model is asked, on disk; data_seed: that mixes it.
+    features: folder and gigabytes of the store, if there is one. processes: that train together.
     """
 
     key: str
@@ -42,6 +42,7 @@ class Job:
     seed: int
     schedule: dict[str, Any]
     folder: str
+    data_seed: int
     asked: dict[str, Any] | None = None
     max_new_tokens: int = 16
     features: tuple[str, float] | None = None
@@ -104,17 +105,12 @@ def trained(schedule: TrainConfig, folder: Path, job: Job) -> None:
 def asked(schedule: TrainConfig, folder: Path, job: Job) -> list[bool]:
     """Whether the trained model answers each item right."""
     assert job.asked is not None
-    records = asked_records(job.asked, folder)
+    records = records_of(DataConfig.model_validate(job.asked), folder, job.data_seed)
     model, processor = load(folder / "model")
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")  # type: ignore[arg-type]
+    model.to(cast(Any, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")))
     known = known_pictures(model, processor, schedule, records, store_of(job))
     report = evaluate(model, processor, records, max_new_tokens=job.max_new_tokens, pictures=known)
     return [prediction.right for prediction in report.predictions]
-
-
-def asked_records(plain: dict[str, Any], folder: Path) -> list[Record]:
-    """Records of data that lies on the disk."""
-    return records_of(DataConfig.model_validate(plain), folder, 0)
 
 
 def known_pictures(

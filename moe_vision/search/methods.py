@@ -106,7 +106,10 @@ class Trace:
     def best(self) -> tuple[Experts, float]:
         """Raises SearchError if nothing was tried to the end."""
         if not self.path:
-            raise SearchError(f"the search has no result: {self.stop}")
+            lost = [(c.experts, c.outcome.reason) for entry in self.rounds for c in entry.candidates
+                    if isinstance(c.outcome, Failed)]  # fmt: skip
+            why = [f"; {' + '.join(experts)}: {reason.splitlines()[0]}" for experts, reason in lost[:1]]
+            raise SearchError(f"the search has no result: {self.stop}{''.join(why)}")
         return max(self.path, key=lambda entry: (entry[1], -len(entry[0])))
 
 

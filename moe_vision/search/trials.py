@@ -114,7 +114,7 @@ class Trials:
         stages = [self.stage_on_disk(stage, data) for stage in schedule.stages]
         job = Job(
             key, kind, experts, seed, schedule.model_copy(update={"stages": stages}).model_dump(mode="json"),
-            str(self.output / folder / key[:16]),
+            str(self.output / folder / key[:16]), self.config.seed,
             None if asked is None else on_disk(asked, data, self.config.seed).model_dump(mode="json"),
             self.config.max_new_tokens,
             None if store is None else (store.folder or str(self.output / "features"), store.gigabytes),

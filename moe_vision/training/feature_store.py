@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moe_vision.training.checkpoints import sync, write_atomically, writing
+from moe_vision.training.checkpoints import remove_leftovers, sync, write_atomically, writing
 from moe_vision.training.features import FeatureCache, Maps
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,10 @@ class FeatureStore(FeatureCache):
     def of(self, digest: str, made_by: str) -> "StoredMaps":
         if digest not in self.opened:
             folder = self.folder / digest[:32]
-            with writing("the feature store", self.folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / "made_by.json", json.dumps({"made_by": made_by, "digest": digest}))
+            if not (folder / "made_by.json").is_file():
+                with writing("the feature store", self.folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_atomically(folder / "made_by.json", json.dumps({"made_by": made_by, "digest": digest}))
             self.opened[digest] = StoredMaps(folder, made_by)
         return self.opened[digest]
 
@@ -74,7 +75,13 @@ class FeatureStore(FeatureCache):
             if self.size() + new <= self.limit:
                 break
             shutil.rmtree(folder, ignore_errors=True)  # a process that has its files mapped keeps them
-        return self.size() + new <= self.limit
+        if self.size() + new > self.limit:
+            logger.warning(
+                "feature store '%s' holds at most %.3g GB and would need %.3g: experts run on pixels; give it more "
+                "gigabytes, or none", self.folder, self.limit / 1e9, (self.size() + new) / 1e9,
+            )  # fmt: skip
+            return False
+        return True
 
     @contextmanager
     def filling(self, stores: Sequence[Maps]) -> Iterator[None]:
@@ -82,6 +89,7 @@ class FeatureStore(FeatureCache):
         with ExitStack() as stack:
             for folder in sorted(store.folder for store in stores if isinstance(store, StoredMaps)):
                 stack.enter_context(FileLock(folder / ".filling"))
+                remove_leftovers(folder)
             yield
 
 
@@ -94,7 +102,7 @@ class StoredMaps(Maps):
         self.entries: dict[str, Entry] = {}
         self.files: dict[Path, torch.Tensor] = {}
         self.checked: dict[Path, torch.Tensor] = {}
-        self.pending: list[tuple[str, torch.Tensor]] = []
+        self.pending: dict[Path, torch.Tensor] = {}
 
     def __getitem__(self, path: Path) -> torch.Tensor:
         return self.checked[path]
@@ -146,17 +154,16 @@ class StoredMaps(Maps):
     def add(self, paths: Sequence[Path], maps: torch.Tensor) -> None:
         for path, made in zip(paths, maps, strict=True):
             if path not in self.checked:
-                self.checked[path] = made
-                self.pending.append((picture_key(path), made))
-        if sum(made.nbytes for _, made in self.pending) >= SEGMENT_BYTES:
+                self.checked[path] = self.pending[path] = made
+        if sum(made.nbytes for made in self.pending.values()) >= SEGMENT_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write what was added, whole or not at all. Raises WriteError."""
         if not self.pending:
             return
-        maps = torch.stack([made for _, made in self.pending]).contiguous()
-        listed = [(key, checksum_of(made)) for key, made in self.pending]
+        maps = torch.stack(list(self.pending.values())).contiguous()
+        listed = [(picture_key(path), checksum_of(made)) for path, made in self.pending.items()]
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
         temporary = file.with_name(f".{file.name}.partial")
         with writing("the feature store", self.folder):
@@ -164,14 +171,13 @@ class StoredMaps(Maps):
             sync(temporary)
             temporary.replace(file)
             sync(self.folder)
-        self.pending = []
         # From here on the pictures' maps are those of the file, which the system may drop from memory and read again.
-        own = {key: path for path in self.checked if (key := picture_key(path)) in dict(listed)}
         with safe_open(file, framework="pt") as opened:
             self.files[file] = mapped = opened.get_tensor("maps")
-        for row, (key, checksum) in enumerate(listed):
+        for row, (path, (key, checksum)) in enumerate(zip(self.pending, listed, strict=True)):
             self.entries[key] = Entry(file, row, checksum)
-            self.checked[own[key]] = mapped[row]
+            self.checked[path] = mapped[row]
+        self.pending = {}
 
 
 def picture_key(path: Path) -> str:

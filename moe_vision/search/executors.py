@@ -95,29 +95,35 @@ class Processes:
         return ProcessPoolExecutor(self.count, context, enter_worker, (self.threads, os.getpid()))
 
     def run(self, jobs: Sequence[Job], begun: Begun) -> Iterator[Ended]:
-        waiting, running = list(jobs), dict[Future[Result | str], Job]()
+        waiting, suspects, running = list(jobs), list[Job](), dict[Future[Result | str], Job]()
         deaths: dict[str, int] = {}
-        while waiting or running:
-            while waiting and len(running) < self.count:
-                job = waiting.pop(0)
-                begun(job)
-                running[self.pool.submit(attempt, job)] = job
+        while waiting or suspects or running:
+            while waiting and not suspects and len(running) < self.count:
+                self.submit(waiting.pop(0), running, begun)
+            if suspects and not running:  # alone, so that its death is its own
+                self.submit(suspects.pop(0), running, begun)
+            alone = len(running) == 1
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             broken = [running.pop(future) for future in done if isinstance(future.exception(), BrokenProcessPool)]
             for future in done:
                 if future in running:
                     yield running.pop(future), future.result()
-            if broken:  # whose process it was is not known; all that ran are tried again
-                broken += running.values()
-                running.clear()
-                self.close()
-                self.pool = self.start()
+            if not broken:
+                continue
+            broken += running.values()
+            running.clear()
+            self.close()
+            self.pool = self.start()
             for job in broken:
-                deaths[job.key] = deaths.get(job.key, 0) + 1
+                deaths[job.key] = deaths.get(job.key, 0) + alone
                 if deaths[job.key] < ATTEMPTS:
-                    waiting.insert(0, job)
+                    suspects.append(job)
                 else:
-                    yield job, f"its process died {ATTEMPTS} times: out of memory, or killed"
+                    yield job, f"its process died {ATTEMPTS} times while nothing else ran: out of memory, or killed"
+
+    def submit(self, job: Job, running: dict[Future[Result | str], Job], begun: Begun) -> None:
+        begun(job)
+        running[self.pool.submit(attempt, job)] = job
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -146,7 +152,7 @@ class Ray:
         for what, wanted in (("CPU", config.cpus), ("GPU", config.gpus)):
             if wanted > offered.get(what, 0):
                 self.close()
-                raise SearchError(f"executor ray asks for {wanted} {what} a trial, the cluster has "
+                raise SearchError(f"executor ray asks for {wanted:g} {what} a trial, the cluster has "
                                   f"{offered.get(what, 0):g}: ask for less, or join machines to it")  # fmt: skip
         self.task = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_retries=ATTEMPTS)(attempt_with)
         self.threads = max(1, int(config.cpus))

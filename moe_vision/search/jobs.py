@@ -19,6 +19,7 @@ from rich.console import Console
 from moe_vision.data.records import Record
 from moe_vision.evaluation import evaluate
 from moe_vision.modeling.compose import load
+from moe_vision.modeling.model_config import packaged_config
 from moe_vision.training.data import records_of
 from moe_vision.training.feature_store import FeatureStore
 from moe_vision.training.features import KnownPictures, known_maps, pictures_of
@@ -90,9 +91,10 @@ def trained(schedule: TrainConfig, folder: Path, job: Job) -> None:
         return
     config = folder.with_name(f"{folder.name}.yaml")
     config.write_text(yaml.safe_dump(schedule.model_dump(mode="json")), encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(job.processes)]
-    command += [] if torch.accelerator.is_available() else ["--cpu"]
-    command += ["--main_process_port", "0", "-m", "moe_vision", "train", str(config), "--output", str(folder)]
+    ways = packaged_config("accelerate/ddp.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ways)]
+    command += ["--num_processes", str(job.processes), "--main_process_port", "0"]
+    command += ["-m", "moe_vision", "train", str(config), "--output", str(folder)]
     if job.features is not None:
         command += ["--features", job.features[0], "--features-gb", str(job.features[1])]
     with folder.with_name(f"{folder.name}.launch").open("w") as held:

@@ -67,7 +67,9 @@ class Trials:
             stages = subset_stages(self.config, experts)
             runs = TrainConfig(model={}, stages=stages).runs([])
             check_groups(runs, subset_model(self.model, experts))
-        except (ConfigError, ValueError) as error:
+        except ConfigError as error:
+            return "; ".join(f"{problem.path}: {problem.cause}; {problem.cure}" for problem in error.problems)
+        except ValueError as error:
             return str(error)
         return None
 

@@ -12,15 +12,17 @@ from moe_vision.training.schedule import DataConfig, TrainConfig
 
 class Proxy(Config):
     """A cheap first pass: ridge regression from cached features to answers ranks a round's candidates, and the best
-    `keep` of them are trained. records: of the last stage's data, of which it learns. ridge: the penalty, against a
-    kernel whose mean on the diagonal is 1. grid: rows and columns that each expert's map is pooled to.
+    `keep` of them are trained, all if null. records: questions of the last stage's data that it learns from. ridge: the
+    penalty, against a kernel whose mean on the diagonal is 1. grid: rows and columns that each expert's map is brought
+    to; channels: principal components of each expert at most.
     """
 
     type: Literal["ridge"] = "ridge"
     keep: int | None = Field(default=2, ge=1)
     records: int = Field(default=4000, ge=2)
     ridge: float = Field(default=0.1, gt=0)
-    grid: tuple[int, int] = (4, 4)
+    grid: tuple[int, int] = (8, 8)
+    channels: int = Field(default=128, ge=1)
 
     @field_validator("grid")
     @classmethod

@@ -12,6 +12,7 @@ OUTPUT/features/    what frozen experts made of pictures
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +260,9 @@ class Looks:
             stage = self.config.stages[-1].model_copy(update={"precision": "fp32"})
             maps = expert_maps(model, processor, paths, experts, stage, cache)
             self.ridge = RidgeProxy(
-                maps, self.records["train"], self.records["validation"], self.config.proxy, self.config.seed
-            )
+                maps, self.records["train"], self.records["validation"], self.config.proxy, self.config.seed,
+                partial(processor.tokenizer.encode, add_special_tokens=False),
+            )  # fmt: skip
         return self.ridge
 
     def forget_models(self) -> None:

@@ -190,7 +190,9 @@ def fill(
     factor = processor.image_processor.rescale_factor
     for chunk in chunks(sorted({path for paths in missing.values() for path in paths}), stage.batch_size):
         views = pixels_of(chunk, processor)
-        on_device = views.to(next(tower.parameters()).device, tower.dtype)
+        # Kernels round differently for batches of other sizes: a map must not depend on what else was missing.
+        full = torch.cat([views, views[-1:].expand(stage.batch_size - len(views), -1, -1, -1)])
+        on_device = full.to(next(tower.parameters()).device, tower.dtype)
         for name, store in stores.items():
             if all(path in store for path in chunk):
                 continue
@@ -198,7 +200,7 @@ def fill(
                 made = as_bytes(views, factor)
             else:
                 with autocast(stage, on_device.device):
-                    made = tower.experts[name](on_device).data.cpu()
+                    made = tower.experts[name](on_device).data[: len(chunk)].cpu()
             store.add(chunk, made)
     for store in stores.values():
         store.flush()

@@ -147,6 +147,7 @@ def show_schedule(
     """Print every run of a train config, of a comparison those of each mixer."""
     from moe_vision.comparison import CompareConfig, schedules
     from moe_vision.modeling.cost import SLICED_SIZE
+    from moe_vision.search import SearchConfig, planned_search
     from moe_vision.training.loading import load_schedule, model_config
     from moe_vision.training.plan import plan_schedule
     from moe_vision.viz.plans import parse_size
@@ -165,6 +166,8 @@ def show_schedule(
     for name, runs in planned.items():
         console.print(runs_table(runs, f"{name}, seed {config.seed}"))
     console.print("tokens and FLOPs are estimates; ? where the data is not at hand", highlight=False)
+    if isinstance(config, SearchConfig):
+        console.print(planned_search(config), highlight=False)
 
 
 @app.command()
@@ -221,16 +224,15 @@ def schedule_class(path: Path) -> "type[TrainConfig] | None":
     values = read_yaml(path)
     if "stages" not in values:
         return None
-    if "validation" in values or "pool" in values:
-        from moe_vision.search import SearchConfig
+    from moe_vision.search import SearchConfig
+    from moe_vision.training.schedule import TrainConfig
 
+    if set(values) & (set(SearchConfig.model_fields) - set(TrainConfig.model_fields) - {"test"}):
         return SearchConfig
     if "mixers" in values or "test" in values:
         from moe_vision.comparison import CompareConfig
 
         return CompareConfig
-    from moe_vision.training.schedule import TrainConfig
-
     return TrainConfig
 
 

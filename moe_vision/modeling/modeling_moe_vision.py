@@ -7,7 +7,7 @@ language model ─ loss
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,7 +110,9 @@ class MoeVisionTower(nn.Module):
         """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]. feature_maps: as `mix` takes them."""
         mixer: Any = self.mixers[branch]
         views = None if pixel_values is None else pixel_values.to(self.dtype)
-        return mix({name: self.experts[name] for name in self.branch_experts[branch]}, mixer, views, feature_maps)
+        mixed = mix({name: self.experts[name] for name in self.branch_experts[branch]}, mixer, views, feature_maps)
+        # Matrix products round by the layout of what they read: tokens that were kept must be as those that are made.
+        return replace(mixed, data=mixed.data.contiguous())
 
 
 def mix(

@@ -2,6 +2,6 @@
 
 from moe_vision.search.config import SearchConfig
 from moe_vision.search.methods import SearchError
-from moe_vision.search.search import search
+from moe_vision.search.search import planned_search, search
 
-__all__ = ["SearchConfig", "SearchError", "search"]
+__all__ = ["SearchConfig", "SearchError", "planned_search", "search"]

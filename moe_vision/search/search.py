@@ -92,6 +92,25 @@ def search(
         return decide(config, model, pool, output, journal, records, console)
 
 
+def planned_search(config: SearchConfig) -> str:
+    """How many trials there are at most, for people. Raises ConfigError."""
+    pool = pool_of(config, model_config(config))
+    free, base = len(pool) - len(config.base), len(config.base)
+    most = min(len(pool), config.max_experts or len(pool))
+    if config.method == "exhaustive":
+        sets = sum(math.comb(free, size) for size in range(0 if base else 1, most - base + 1))
+        rounds = [sets]
+    else:
+        steps = range(free, len(pool) - most, -1) if config.method == "greedy" else range(free, 0 if base else 1, -1)
+        rounds = list(steps)
+    keep = sum(rounds) if config.proxy is None or config.proxy.keep is None else config.proxy.keep
+    start = 1 if base or config.method == "backward" else 0
+    trained = sum(min(size, keep) for size in rounds) + (start if config.method != "exhaustive" else 0)
+    seen = "" if config.proxy is None else f", of {sum(rounds)} that the proxy sees"
+    said = f"{config.method} search over {', '.join(pool)}: at most {trained} sets to train{seen}, "
+    return (f"{said}{config.seeds} seeds each: {trained * config.seeds} trials like the one above, which is of all experts")  # fmt: skip
+
+
 def check_config(config: SearchConfig, model: ModelConfig) -> None:
     """Raise ConfigError with all that a search needs and the config has not."""
     problems = []

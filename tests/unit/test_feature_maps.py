@@ -58,6 +58,13 @@ def test_feature_maps_stand_for_pixels(name: str) -> None:
     assert not torch.allclose(model(**batch, feature_maps=others).logits, expected)
 
 
+@pytest.mark.parametrize("name", sorted(MIXER_SETTINGS))
+def test_kept_tokens_have_the_layout_of_made_ones(name: str) -> None:
+    """Matrix products round by the layout: training from kept tokens would not be bitwise training from pixels."""
+    model, _ = mixed_by(name)
+    assert model.model.vision_tower(batch_of(model)["pixel_values"]).data.is_contiguous()
+
+
 def test_an_expert_without_a_map_runs_on_pixels() -> None:
     model, _ = mixed_by("channel_concat")
     batch = batch_of(model)

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from moe_vision.config import ConfigError, validate
-from moe_vision.search import SearchConfig, SearchError, executors, jobs, search
+from moe_vision.search import SearchConfig, SearchError, executors, jobs, planned_search, search
 from moe_vision.search.config import LocalExecutor
 from moe_vision.search.executors import Processes, attempt
 from moe_vision.search.jobs import Job, Result
@@ -445,6 +445,17 @@ def test_bad_configs_are_refused_before_any_work(tmp_path: Path, changes: dict[s
         search(search_config(tmp_path, **changes), tmp_path / "out", console=QUIET)
     assert says in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_show_says_how_many_trials_there_are(tmp_path: Path) -> None:
+    greedy = search_config(tmp_path, seeds=3)
+    assert "over clip, sam, eva02: at most 6 sets to train, 3 seeds each: 18 trials" in planned_search(greedy)
+    for changes, sets in (
+        ({"proxy": {"keep": 2}}, "5 sets to train, of 6 that the proxy sees"), ({"base": ["sam"]}, "4 sets"),
+        ({"max_experts": 2}, "5 sets"), ({"method": "backward"}, "6 sets"), ({"method": "exhaustive"}, "7 sets"),
+        ({"method": "exhaustive", "base": ["sam"], "max_experts": 2}, "3 sets"),
+    ):  # fmt: skip
+        assert f"at most {sets}" in planned_search(search_config(tmp_path, **changes)), changes
 
 
 def test_a_weight_of_no_task_is_refused_before_any_trial(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def planned_search(config: SearchConfig) -> str:
     trained = sum(min(size, keep) for size in rounds) + (start if config.method != "exhaustive" else 0)
     seen = "" if config.proxy is None else f", of {sum(rounds)} that the proxy sees"
     said = f"{config.method} search over {', '.join(pool)}: at most {trained} sets to train{seen}, "
-    return (f"{said}{config.seeds} seeds each: {trained * config.seeds} trials like the one above, which is of all experts")  # fmt: skip
+    trials = f"{config.seeds} seeds each: {trained * config.seeds} trials"
+    return f"{said}{trials} like the one above, which is of all experts"
 
 
 def check_config(config: SearchConfig, model: ModelConfig) -> None:

@@ -10,22 +10,22 @@ from moe_vision.search.jobs import Job
 
 
 class Progress:
-    """Lines of a search. workers: how many jobs run at once, for the time that is left."""
+    """Lines of a search. workers: how many jobs run at once; rounds: jobs of each round, if none stops the search."""
 
-    def __init__(self, console: Console, workers: int) -> None:
-        self.console, self.workers = console, workers
-        self.left = 0
+    def __init__(self, console: Console, workers: int, rounds: Sequence[int]) -> None:
+        self.console, self.workers, self.rounds = console, workers, rounds
+        self.left = self.number = 0
         self.durations: list[float] = []
-        self.round = ""
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def begin_round(self, number: int, sets: Sequence[tuple[str, ...]]) -> None:
         """A round of candidates begins."""
-        self.round = f"round {number}"
+        self.number = number
         shown = "; ".join(" + ".join(experts) for experts in sets[:8]) + ("; …" if len(sets) > 8 else "")
-        self.say(f"{self.round}: {len(sets)} candidate{'s' if len(sets) > 1 else ''}: {shown}")
+        what = "candidate" if len(sets) == 1 else "candidates"
+        self.say(f"round {number} of at most {len(self.rounds)}: {len(sets)} {what}: {shown}")
 
     def expect(self, jobs: int) -> None:
         """So many jobs are to do now."""
@@ -42,9 +42,12 @@ class Progress:
         self.say(f"  {job.name}: FAILED: {error.splitlines()[0]}{self.rest()}")
 
     def rest(self) -> str:
-        """How long the jobs that are left take, if they are like those before."""
-        if not self.left or not self.durations:
+        """What is left, and when it is done at the latest, if jobs are like those before."""
+        ahead = sum(self.rounds[self.number :])
+        if not (self.left or ahead) or not self.durations:
             return ""
-        waves = -(-self.left // self.workers)
-        clock = time.strftime("%H:%M", time.localtime(time.time() + waves * statistics.median(self.durations)))
-        return f"; {self.left} left in {self.round or 'this step'}, done about {clock}"
+        waves = -(-(self.left + ahead) // self.workers)
+        until = time.time() + waves * statistics.median(self.durations)
+        return (
+            f"; {self.left} left of this round, the search is done by {time.strftime('%H:%M', time.localtime(until))}"
+        )

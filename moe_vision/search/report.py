@@ -253,7 +253,9 @@ def round_lines(number: int, entry: Mapping[str, Any], summary: Mapping[str, Any
 
 
 def told(gain: Mapping[str, Any]) -> str:
-    return "distinguishable" if gain["distinguishable"] else "not distinguishable"
+    if not gain["distinguishable"]:
+        return "not distinguishable"
+    return "distinguishable" if gain["mean"] > 0 else "distinguishable, and worse"
 
 
 def said_of(candidate: Mapping[str, Any]) -> str:

@@ -95,21 +95,29 @@ def search(
 def planned_search(config: SearchConfig) -> str:
     """How many trials there are at most, for people. Raises ConfigError."""
     pool = pool_of(config, model_config(config))
+    rounds, trained = candidates_of(config, pool), trained_of(config, pool)
+    seen = "" if config.proxy is None else f", of {sum(rounds)} that the proxy sees"
+    said = f"{config.method} search over {', '.join(pool)}: at most {sum(trained)} sets to train{seen}, "
+    trials = f"{config.seeds} seeds each: {sum(trained) * config.seeds} trials"
+    return f"{said}{trials} like the one above, which is of all experts"
+
+
+def candidates_of(config: SearchConfig, pool: Experts) -> list[int]:
+    """Sets of each round, if none stops the search: of the base or the whole pool first, where that is tried."""
     free, base = len(pool) - len(config.base), len(config.base)
     most = min(len(pool), config.max_experts or len(pool))
     if config.method == "exhaustive":
-        sets = sum(math.comb(free, size) for size in range(0 if base else 1, most - base + 1))
-        rounds = [sets]
-    else:
-        steps = range(free, len(pool) - most, -1) if config.method == "greedy" else range(free, 0 if base else 1, -1)
-        rounds = list(steps)
-    keep = sum(rounds) if config.proxy is None or config.proxy.keep is None else config.proxy.keep
-    start = 1 if base or config.method == "backward" else 0
-    trained = sum(min(size, keep) for size in rounds) + (start if config.method != "exhaustive" else 0)
-    seen = "" if config.proxy is None else f", of {sum(rounds)} that the proxy sees"
-    said = f"{config.method} search over {', '.join(pool)}: at most {trained} sets to train{seen}, "
-    trials = f"{config.seeds} seeds each: {trained * config.seeds} trials"
-    return f"{said}{trials} like the one above, which is of all experts"
+        return [sum(math.comb(free, size) for size in range(0 if base else 1, most - base + 1))]
+    if config.method == "greedy":
+        return [*([1] if base else []), *range(free, len(pool) - most, -1)]
+    return [1, *range(free, 0 if base else 1, -1)]
+
+
+def trained_of(config: SearchConfig, pool: Experts) -> list[int]:
+    """Those of `candidates_of` that a proxy leaves."""
+    sizes = candidates_of(config, pool)
+    keep = max(sizes) if config.proxy is None or config.proxy.keep is None else config.proxy.keep
+    return [min(size, keep) for size in sizes]
 
 
 def check_config(config: SearchConfig, model: ModelConfig) -> None:
@@ -148,7 +156,7 @@ def decide(
     """Choose, ask the chosen set the test items, and report."""
     asked = {name: metric_of(records[name], config) for name in ("validation", "test")}
     workers = config.executor.processes if isinstance(config.executor, LocalExecutor) else 1
-    progress = Progress(console, workers)
+    progress = Progress(console, workers, [sets * config.seeds for sets in trained_of(config, pool)])
     executor = executor_of(config.executor)
     try:
         trials = Trials(config, model, output, journal, executor, asked["validation"], progress)

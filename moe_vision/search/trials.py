@@ -109,6 +109,7 @@ class Trials:
             "format": FORMAT, "kind": kind, "schedule": schedule.model_dump(mode="json") | named,
             "data_seed": self.config.seed, "asked": asked and asked.model_dump(mode="json"),
             "max_new_tokens": self.config.max_new_tokens,
+            **({"processes": self.config.processes_per_trial} if self.config.processes_per_trial > 1 else {}),
         }  # fmt: skip
         text = json.dumps(decides, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()

@@ -13,6 +13,7 @@ from moe_vision import cli
 from moe_vision.viz.tables import COMPARED
 from tests.tiny import tiny_model, tiny_values
 from tests.unit.toy import train_values
+from tests.unit.toy_search import search_values
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -77,6 +78,36 @@ def test_compare_prints_one_table_or_only_json(monkeypatch, capsys, tmp_path: Pa
     row = next(line for line in table if line.split()[:1] == ["channel_concat"])
     accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["mixers"]["channel_concat"]["accuracy"]
     assert row.split()[1:3] == [f"{accuracy['mean']:.3f}", "4"]
+
+
+def test_search_prints_what_is_best_or_only_json(monkeypatch, capsys, tmp_path: Path) -> None:
+    values = search_values(tmp_path, pool=["clip"], seeds=1)
+    asked = {name: values.pop(name)["path"] for name in ("validation", "test")}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(values))
+    arguments = ["search", tmp_path / "search.yaml", "--output", tmp_path / "out"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "validation = None: is missing; give --validation FILE" in err and "test = None" in err
+    arguments += ["--validation", asked["validation"], "--test", asked["test"]]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--json")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "train clip, seed 0: 0." in err
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0 and "best: clip, 0." in out and "best.yaml --output run" in out and "train clip" not in out
+    code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "search.yaml")
+    assert code == 0 and "greedy search over clip: at most 1 sets to train, 1 seeds each" in " ".join(out.split())
+    code, out, _ = run(monkeypatch, capsys, "schema", "search")
+    assert code == 0 and "task_weights" in json.loads(out)["properties"]
+
+
+def test_train_keeps_features_for_other_runs(monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(train_values(tmp_path, max_steps=1)))
+    found = []
+    for output in ("one", "two"):
+        arguments = ["train", tmp_path / "train.yaml", "-o", tmp_path / output, "--features", tmp_path / "features"]
+        code, _, _ = run(monkeypatch, capsys, *arguments)
+        assert code == 0
+        found.append({file: file.stat().st_mtime_ns for file in (tmp_path / "features").glob("*/*.safetensors")})
+    assert len(found[0]) == 2 and found[0] == found[1]  # read, and not made again
 
 
 def test_errors_have_no_traceback_and_exit_2(monkeypatch, capsys, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def draw_trace(summary: Mapping[str, Any], path: Path) -> None:
             if won:
                 chosen.append((at, candidate["value"]["mean"]))
     axes.plot(*zip(*chosen, strict=True), color="tab:blue", linewidth=1) if chosen else None
+    axes.margins(x=0.12)
     axes.set(xlabel="round", ylabel="validation, exact match", xticks=range(1, len(summary["rounds"]) + 1))
     save(figure, path)
 
@@ -48,6 +49,7 @@ def draw_costs(summary: Mapping[str, Any], path: Path) -> None:
             front.append((gflops, value))
             axes.annotate(name, (gflops, value), textcoords="offset points", xytext=(4, -9), fontsize=7)
     axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1) if front else None
+    axes.margins(x=0.25)
     axes.set(xlabel="GFLOPs of one image", ylabel="validation, exact match")
     save(figure, path)
 

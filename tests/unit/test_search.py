@@ -285,6 +285,45 @@ def test_a_process_that_dies_takes_no_job_with_it_for_good(tmp_path: Path, monke
     pool.close()
 
 
+def sleeps(job: Job) -> Result:
+    (Path(job.folder) / "process").write_text(str(os.getpid()))
+    time.sleep(60)
+    raise AssertionError
+
+
+KILLED_DRIVER = """
+import sys
+from moe_vision.search import executors
+from moe_vision.search.config import LocalExecutor
+from moe_vision.search.jobs import Job
+from tests.unit.test_search import sleeps
+
+if __name__ == "__main__":
+    executors.attempt = sleeps
+    job = Job("0", "trial", ("clip",), 0, {}, sys.argv[1], 0)
+    list(executors.Processes(LocalExecutor(processes=2)).run([job], lambda job: None))
+"""
+
+
+def test_a_killed_driver_leaves_nobody_at_work(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(KILLED_DRIVER)
+    root = str(Path(__file__).parents[2])
+    driver = subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)], env={**os.environ, "PYTHONPATH": root}
+    )
+    at_work = tmp_path / "process"
+    until = time.monotonic() + 120
+    while not (at_work.is_file() and at_work.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    worker = int(at_work.read_text())
+    driver.kill()
+    driver.wait()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
+
+
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     config = search_config(tmp_path, pool=["clip", "sam"], seeds=2, max_experts=1)
     one = search(config, tmp_path / "one", console=QUIET)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -62,9 +62,6 @@ class Result:
     right: list[bool]
     seconds: dict[str, float]
     host: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_job(job: Job) -> Result:

@@ -32,7 +32,7 @@ from moe_vision.search.progress import Progress
 from moe_vision.search.proxy import RidgeProxy
 from moe_vision.search.report import Found, write_report
 from moe_vision.search.statistics import Metric
-from moe_vision.search.subsets import alignment_stages, pool_of, subset_model, subset_stages, with_pretrained
+from moe_vision.search.subsets import kept, pool_of, subset_model, subset_stages, with_pretrained
 from moe_vision.search.trials import Trials
 from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import records_of, settle, staged
@@ -73,7 +73,6 @@ def search(
     if output.exists() and overwrite:
         with opened(output):
             pass  # nobody else searches there
-    records: dict[str, list[Record]] = {}
     with staged(output, overwrite=overwrite) as folder:
         for data in data_of(config):  # all is checked before an old output goes
             records_of(data, folder, config.seed)
@@ -138,9 +137,7 @@ def check_config(config: SearchConfig, model: ModelConfig) -> None:
         problems.append(Problem("proxy", config.proxy.type, "needs pictures that are seen whole", cure))
     if problems:
         raise ConfigError("search config", problems)
-    for name in model.experts:
-        for stage in alignment_stages(config, name):
-            TrainConfig(model={}, stages=[stage]).runs(list(model.experts))
+    config.runs(list(model.experts))
 
 
 def data_of(config: SearchConfig) -> list[DataConfig]:
@@ -176,7 +173,7 @@ def decide(
         executor.close()
     write_atomically(output / "best.yaml", best_config(config, model, best))
     found = Found(
-        config, trace, pool, {**looks.answers}, {**looks.proxied}, {e: trials.cost_of(e) for e in looks.answers}, test,
+        config, trace, pool, looks.answers, looks.proxied, {e: trials.cost_of(e) for e in looks.answers}, test,
         asked["validation"], asked["test"], {name: len(own) for name, own in records.items()},
     )  # fmt: skip
     return write_report(found, output)
@@ -195,16 +192,12 @@ def price(trials: Trials, experts: Experts, per: str) -> float:
 
 def best_config(config: SearchConfig, model: ModelConfig, best: Experts) -> str:
     """A train config of the best set: its stages, alignment first where there is any."""
-    aligning = [stage for name in best for stage in alignment_stages(config, name)]
-    merged = [
-        stage.model_copy(update={"prealign": stage.prealign.model_copy(update={"experts": [
-            own.prealign.experts[0] for own in aligning
-            if own.name == stage.name and own.prealign is not None and own.prealign.experts
-        ]})})
+    aligning = [
+        stage.model_copy(update={"prealign": stage.prealign.model_copy(update={"experts": aligned})})
         for stage in config.stages
-        if stage.prealign is not None and any(own.name == stage.name for own in aligning)
-    ]  # fmt: skip
-    stages = [*merged, *subset_stages(config, best)]
+        if stage.prealign is not None and (aligned := kept(stage.prealign.experts or best, best))
+    ]
+    stages = [*aligning, *subset_stages(config, best)]
     plain = {"model": subset_model(model, best).to_plain(), "stages": stages, "seed": config.seed}
     chosen = TrainConfig.model_validate(plain | {"report_to": config.report_to})
     said = f"# {' + '.join(best)}: found by a {config.method} search; `moe-vision train best.yaml --output run`.\n"

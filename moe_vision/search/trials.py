@@ -156,7 +156,7 @@ class Trials:
         return self.metric.value(torch.tensor([right])) if job.kind == "trial" else None
 
     def answers(self, sets: Sequence[Experts], seeds: Sequence[int], length: float = 1.0) -> dict[Experts, Any]:
-        """Of each set, the answers [seeds, items] of its trials, or Failed. Experts are aligned first, all of them."""
+        """Of each set that fits, the answers [seeds, items] of its trials, or Failed. All experts are aligned first."""
         needed = [
             planned
             for experts in sets
@@ -167,14 +167,13 @@ class Trials:
         aligned = self.do(list({item.job.key: item for item in needed}.values()))
         lost = {item.job.experts[0]: row.error for item in needed
                 if (row := aligned[item.job.key]).status == "failed"}  # fmt: skip
-        found: dict[Experts, Any] = {}
-        for experts in sets:
-            if (why := self.unfit(experts)) is not None:
-                found[experts] = Failed(why)
-            elif failed := [name for name in experts if name in lost]:
-                found[experts] = Failed(f"aligning {failed[0]}: {lost[failed[0]]}")
+        found: dict[Experts, Any] = {
+            experts: Failed(f"aligning {failed[0]}: {lost[failed[0]]}")
+            for experts in sets
+            if (failed := [name for name in experts if name in lost])
+        }
         todo = {e: [self.trial(e, seed, length) for seed in seeds] for e in sets if e not in found}
-        rows = self.do([item for seed in range(len(seeds)) for items in todo.values() for item in [items[seed]]])
+        rows = self.do([item for of_seed in zip(*todo.values(), strict=True) for item in of_seed])
         for experts, items in todo.items():
             own = [rows[item.job.key] for item in items]
             errors = [row.error for row in own if row.error is not None]

@@ -98,21 +98,15 @@ class StoredMaps(Maps):
     damaged one is removed, with a warning that names picture and file, and its pictures are missing then."""
 
     def __init__(self, folder: Path, made_by: str) -> None:
+        super().__init__()
         self.folder, self.made_by = folder, made_by
         self.entries: dict[str, Entry] = {}
         self.files: dict[Path, torch.Tensor] = {}
-        self.checked: dict[Path, torch.Tensor] = {}
         self.pending: dict[Path, torch.Tensor] = {}
-
-    def __getitem__(self, path: Path) -> torch.Tensor:
-        return self.checked[path]
-
-    def __contains__(self, path: Path) -> bool:
-        return path in self.checked
 
     def missing(self, paths: Sequence[Path]) -> list[Path]:
         self.read_new_files()
-        return [path for path in paths if path not in self.checked and not self.check(path)]
+        return [path for path in paths if path not in self and not self.check(path)]
 
     def read_new_files(self) -> None:
         """Learn what other processes have added."""
@@ -141,7 +135,7 @@ class StoredMaps(Maps):
         if checksum_of(found) != entry.checksum:
             self.remove(entry.file, f"the map of '{path}' in '{entry.file}' does not match its checksum")
             return False
-        self.checked[path] = found
+        self.kept[path] = found
         return True
 
     def remove(self, file: Path, why: str) -> None:
@@ -153,9 +147,9 @@ class StoredMaps(Maps):
 
     def add(self, paths: Sequence[Path], maps: torch.Tensor) -> None:
         for path, made in zip(paths, maps, strict=True):
-            if path not in self.checked:
-                self.checked[path] = self.pending[path] = made
-        if sum(made.nbytes for made in self.pending.values()) >= SEGMENT_BYTES:
+            if path not in self:
+                self.kept[path] = self.pending[path] = made
+        if len(self.pending) * maps[0].nbytes >= SEGMENT_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -176,7 +170,7 @@ class StoredMaps(Maps):
             self.files[file] = mapped = opened.get_tensor("maps")
         for row, (path, (key, checksum)) in enumerate(zip(self.pending, listed, strict=True)):
             self.entries[key] = Entry(file, row, checksum)
-            self.checked[path] = mapped[row]
+            self.kept[path] = mapped[row]
         self.pending = {}
 
 

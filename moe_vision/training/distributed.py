@@ -35,13 +35,15 @@ def processes() -> PartialState:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returned in the main process, in every process; nobody goes on before it is done.
+    """What `work` returned in the main process, in every process. It begins when all have come here, since it may take
+    away what one still reads; nobody goes on before it is done.
 
     Raises what `work` raised in the main process, which is the one that says why, and SystemExit in all others.
     """
     state = processes()
     if state.num_processes == 1:
         return work()
+    state.wait_for_everyone()
     outcome: list[Any] = [False, None]
     error: Exception | None = None
     if state.is_main_process:

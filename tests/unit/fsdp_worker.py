@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from moe_vision.cli import leave
 from moe_vision.training import distributed, runner
 from moe_vision.training.schedule import TrainConfig
 from moe_vision.training.trainer import GroupTrainer
@@ -81,3 +82,4 @@ def main(config: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()  # as the command does: torch's threads may abort a process that is taken apart

@@ -3,6 +3,7 @@ ask a finished model."""
 
 import fcntl
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def run_job(job: Job) -> Result:
 
 
 def trained(schedule: TrainConfig, folder: Path, job: Job) -> None:
-    """Train, in this process or by a launch of several. Raises RuntimeError with the end of a launch's output."""
+    """Train, in this process or by a launch of several. Raises RuntimeError with the fault in a launch's output."""
     if job.processes == 1:
         train(schedule, folder, console=Console(quiet=True), cache=store_of(job))
         return
@@ -94,11 +95,22 @@ def trained(schedule: TrainConfig, folder: Path, job: Job) -> None:
     command += ["-m", "moe_vision", "train", str(config), "--output", str(folder)]
     if job.features is not None:
         command += ["--features", job.features[0], "--features-gb", str(job.features[1])]
-    with folder.with_name(f"{folder.name}.launch").open("w") as held:
+    log = folder.with_name(f"{folder.name}.launch.log")
+    with log.open("a", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # the launch holds it too, and a killed worker's launch lives on
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[held.fileno()])
+        held.truncate(0)
+        ended = subprocess.run(command, stdout=held, stderr=subprocess.STDOUT, check=False)
     if ended.returncode != 0:
-        raise RuntimeError(f"the launch ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}")
+        output = log.read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"the launch ended with {ended.returncode}: {fault_of(output)}; all it said is in '{log}'\n"
+                           f"{output[-2000:]}")  # fmt: skip
+
+
+def fault_of(output: str) -> str:
+    """The first line of a launch's output that names an error, else its last."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    named = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?([\w.]*Error|error)\b.*: ", line)]
+    return (named or lines[-1:])[0]
 
 
 def asked(schedule: TrainConfig, folder: Path, job: Job) -> list[bool]:

@@ -1,7 +1,7 @@
 """What frozen experts made of pictures, kept on disk: mapped into memory, checked, bounded, shared by processes.
 
 FOLDER/DIGEST/made_by.json      which expert, for people        FOLDER/DIGEST/*.safetensors  maps [n, …] of n pictures
-FOLDER/DIGEST/.filling          lock of who adds to it
+FOLDER/.DIGEST.lock             held by who writes DIGEST, or takes it away
 
 A digest names all that makes the maps, the expert's weights among it, so that an entry is never wrong, only unused. A
 picture is known by its path, size and time of change. Files are written whole and never change.
@@ -15,12 +15,12 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -53,16 +53,12 @@ class FeatureStore(FeatureCache):
 
     def of(self, digest: str, made_by: str) -> "StoredMaps":
         if digest not in self.opened:
-            folder = self.folder / digest[:32]
-            if not (folder / "made_by.json").is_file():
-                with writing("the feature store", self.folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_atomically(folder / "made_by.json", json.dumps({"made_by": made_by, "digest": digest}))
-            self.opened[digest] = StoredMaps(folder, made_by)
+            self.opened[digest] = StoredMaps(self.folder / digest[:32], digest, made_by)
         return self.opened[digest]
 
     def size(self) -> int:
-        return sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+        files = (file for folder in self.folder.glob("[!.]*") for file in files_of(folder))
+        return sum(found.st_size for file in files if (found := stat_of(file)))
 
     def has_room(self, new: int, beside: int, cache_bytes: float) -> bool:
         """Whether so many bytes more fit, after what this process does not use has gone, the oldest first. What lies
@@ -70,11 +66,16 @@ class FeatureStore(FeatureCache):
         if beside > cache_bytes:
             return False
         used = {maps.folder for maps in self.opened.values()}
-        others = [folder for folder in self.folder.glob("*") if folder.is_dir() and folder not in used]
-        for folder in sorted(others, key=lambda folder: folder.stat().st_mtime):
+        others = [
+            (found.st_mtime, folder)
+            for folder in self.folder.glob("[!.]*")
+            if folder not in used and (found := stat_of(folder))
+        ]
+        for _, folder in sorted(others):
             if self.size() + new <= self.limit:
                 break
-            shutil.rmtree(folder, ignore_errors=True)  # a process that has its files mapped keeps them
+            with suppress(Timeout), lock_of(folder).acquire(timeout=0):  # else somebody is writing it
+                shutil.rmtree(folder, ignore_errors=True)  # a process that has its files mapped keeps them
         if self.size() + new > self.limit:
             logger.warning(
                 "feature store '%s' holds at most %.3g GB and would need %.3g: experts run on pixels; give it more "
@@ -85,24 +86,54 @@ class FeatureStore(FeatureCache):
 
     @contextmanager
     def filling(self, stores: Sequence[Maps]) -> Iterator[None]:
-        """Nobody else adds to these in this block, so that no map is made twice."""
+        """Nobody else adds to these in this block, so that no map is made twice, or takes them away."""
+        kept = sorted((store for store in stores if isinstance(store, StoredMaps)), key=lambda store: store.folder)
         with ExitStack() as stack:
-            for folder in sorted(store.folder for store in stores if isinstance(store, StoredMaps)):
-                stack.enter_context(FileLock(folder / ".filling"))
-                remove_leftovers(folder)
+            with writing("the feature store", self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for store in kept:
+                    stack.enter_context(lock_of(store.folder))
+                    store.begin()
             yield
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """None if another process has just taken it away."""
+    with suppress(FileNotFoundError):
+        return path.stat()
+    return None
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files with maps of one digest; none if another process has just taken them away."""
+    with suppress(FileNotFoundError):
+        return sorted(folder.glob("*.safetensors"))
+    return []
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Of one digest; beside its folder, which may be taken away."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 class StoredMaps(Maps):
     """Maps of one digest. Each is compared with its checksum before this process first gives it out; a file with a
     damaged one is removed, with a warning that names picture and file, and its pictures are missing then."""
 
-    def __init__(self, folder: Path, made_by: str) -> None:
+    def __init__(self, folder: Path, digest: str, made_by: str) -> None:
         super().__init__()
-        self.folder, self.made_by = folder, made_by
+        self.folder, self.digest, self.made_by = folder, digest, made_by
         self.entries: dict[str, Entry] = {}
         self.files: dict[Path, torch.Tensor] = {}
         self.pending: dict[Path, torch.Tensor] = {}
+
+    def begin(self) -> None:
+        """Make the folder, or clean it of what a kill left; nobody else writes it now."""
+        self.folder.mkdir(exist_ok=True)
+        remove_leftovers(self.folder)
+        said = self.folder / "made_by.json"
+        if not said.is_file():
+            write_atomically(said, json.dumps({"made_by": self.made_by, "digest": self.digest}))
 
     def missing(self, paths: Sequence[Path]) -> list[Path]:
         self.read_new_files()
@@ -110,21 +141,24 @@ class StoredMaps(Maps):
 
     def read_new_files(self) -> None:
         """Learn what other processes have added."""
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in files_of(self.folder):
             if file in self.files:
                 continue
             try:
                 with safe_open(file, framework="pt") as opened:
                     listed = json.loads(opened.metadata()["pictures"])
                     self.files[file] = opened.get_tensor("maps")
-            except FileNotFoundError:  # another process needed the room, or found it damaged
-                continue
+            except (OSError, RuntimeError):  # torch raises the latter
+                if file.exists():
+                    raise
+                continue  # another process needed the room, or found it damaged
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 self.remove(file, f"file '{file}' is damaged ({error})")
                 continue
             for row, (picture, checksum) in enumerate(listed):
                 self.entries.setdefault(picture, Entry(file, row, checksum))
-        os.utime(self.folder)  # used now: others go first
+        with suppress(FileNotFoundError):  # nothing was kept yet, or another process needed the room
+            os.utime(self.folder)  # used now: others go first
 
     def check(self, path: Path) -> bool:
         """Whether the map of a picture is here and whole."""

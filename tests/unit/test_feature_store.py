@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import random
 import shutil
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +83,13 @@ def test_maps_lie_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(96)]
     for path in paths:
         path.touch()
-    stored = StoredMaps(folder, "test")
+    stored = StoredMaps(folder, "digest", "test")
     for path in paths:
         stored.add([path], torch.randn(1, 1024, 32, 32))
     stored.flush()
     files = list(folder.glob("*.safetensors"))
     assert len(files) == 96 * 4 * 2**20 // SEGMENT_BYTES == 6
-    opened = StoredMaps(folder, "test")
+    opened = StoredMaps(folder, "digest", "test")
     before = private_bytes()
     assert opened.missing(paths) == []
     total = sum(opened[path].sum() for path in paths)
@@ -168,24 +170,50 @@ def test_a_full_store_lets_the_oldest_go_first(
         expert_maps(model, processor, pictures, ["clip", "sam"], STAGE, tight)
 
 
-def test_two_processes_make_each_map_once(tmp_path: Path, pictures: list[Path]) -> None:
+def in_processes(count: int, work: Callable[[int], None]) -> list[int]:
+    """Exit codes of forked children that do `work(number)`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
     try:
         children = []
-        for _ in range(3):
+        for number in range(count):
             if (child := os.fork()) == 0:
                 code = 1
                 try:
-                    maps(FeatureStore(tmp_path / "store", GB), pictures)
+                    work(number)
                     code = 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             children.append(child)
-        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_processes_make_each_map_once(tmp_path: Path, pictures: list[Path]) -> None:
+    assert in_processes(3, lambda _: maps(FeatureStore(tmp_path / "store", GB), pictures) and None) == [0, 0, 0]
     assert len(list((tmp_path / "store").glob("*/*.safetensors"))) == 2
+
+
+def test_processes_fill_and_make_room_at_once(tmp_path: Path, pictures: list[Path]) -> None:
+    def fill(number: int) -> None:
+        for turn in range(30):
+            store = FeatureStore(tmp_path / "store", 3 * 6 * 4096 / 1e9)  # three digests of the eight
+            value = random.Random(100 * number + turn).randrange(8)
+            kept = store.of(f"{value:032d}", "test")
+            if missing := kept.missing(pictures):
+                store.has_room(len(missing) * 4096, 0, 0)
+                with store.filling([kept]):
+                    if missing := kept.missing(pictures):
+                        kept.add(missing, torch.full((len(missing), 1024), float(value)))
+                        kept.flush()
+            assert kept.missing(pictures) == [] and all((kept[path] == value).all() for path in pictures)
+
+    assert in_processes(4, fill) == [0] * 4
+    for folder in (tmp_path / "store").glob("[!.]*"):
+        assert len(list(folder.glob("*.safetensors"))) == 1 and (folder / "made_by.json").is_file()
 
 
 def test_what_a_kill_left_is_taken_away(tmp_path: Path, pictures: list[Path]) -> None:

@@ -20,13 +20,14 @@ from moe_vision.config import ConfigError, validate
 from moe_vision.search import SearchConfig, SearchError, executors, jobs, planned_search, search
 from moe_vision.search.config import LocalExecutor
 from moe_vision.search.executors import Processes, attempt
-from moe_vision.search.jobs import Job, Result
+from moe_vision.search.jobs import Job, Result, trained
 from moe_vision.search.journal import opened
 from moe_vision.search.subsets import pool_of, subset_model, subset_stages
 from moe_vision.training.checkpoints import WriteError
 from moe_vision.training.loading import load_train_config, model_config
 from moe_vision.training.output import OutputError
 from moe_vision.training.runner import train
+from moe_vision.training.schedule import TrainConfig
 from tests.unit.test_kills import killed_after
 from tests.unit.toy_search import EXPERTS, search_config, search_values
 
@@ -533,3 +534,13 @@ def test_a_set_sees_the_canvas_of_the_whole_model(tmp_path: Path) -> None:
     mixer: Any = single.branches.overview.mixer
     assert list(mixer.grids) == ["clip"]
     assert pool_of(config.model_copy(update={"pool": ["eva02", "clip"], "base": ["sam"]}), model) == EXPERTS
+
+
+def test_a_launch_that_fails_names_its_fault_first(tmp_path: Path) -> None:
+    config = search_config(tmp_path, pool=["clip"])
+    schedule = {"model": config.model, "stages": [stage.model_dump(mode="json") for stage in config.stages]}
+    schedule["stages"][0]["data"]["path"] = str(tmp_path / "nowhere.json")
+    job = Job("key", "trial", ("clip",), 0, schedule, str(tmp_path / "run"), 0, processes=2)
+    with pytest.raises(RuntimeError, match=r"(?s)^the launch ended with 1: error: .*nowhere.json.* all it said is in"):
+        trained(TrainConfig.model_validate(schedule), tmp_path / "run", job)
+    assert "nowhere.json" in (tmp_path / "run.launch.log").read_text()

@@ -422,17 +422,44 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the saved one by default.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    metrics: Annotated[
+        Path | None, typer.Option(help="JSON of results for the card, as `eval --json` prints it.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME/MODEL", help="Upload the folder to this repository on the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is new.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face folder that loads without this package, and prove it in a second process."""
     from moe_vision.export import export as run
 
-    report = run(model_folder(source), output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    results = None if metrics is None else json.loads(metrics.read_text(encoding="utf-8"))
+    report = run(
+        source, output, dtype=dtype, max_shard_size=max_shard_size, metrics=results, push=push, private=private,
+        overwrite=overwrite,
+    )  # fmt: skip
     if as_json:
         print_json(report.to_dict())
     else:
         print(report.summary())
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An export, or a run's output or its model/ folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a folder is whole and loads without this package, as `export` does."""
+    from moe_vision.export import verify as run
+
+    result = run(model_folder(folder))
+    if as_json:
+        print_json(result)
+    else:
+        print(f"'{folder}' loads without moe_vision; logits within {result['max_difference']:.3g} of its own here, "
+              f"{result['new_tokens']} tokens generated")  # fmt: skip
 
 
 def model_folder(path: Path) -> Path:

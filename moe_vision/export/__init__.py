@@ -4,7 +4,21 @@ model/ ─ flatten() ─ modeling_moe_vision.py ─┐
        └ weights, processor, tokenizer, card ┴─ self-test in a process without moe_vision ─ destination
 """
 
-from moe_vision.export.flatten import FlattenError, flatten
-from moe_vision.export.hf import ExportError, ExportReport, export
+import sys
+from types import ModuleType
+from typing import Any
 
-__all__ = ["ExportError", "ExportReport", "FlattenError", "export", "flatten"]
+from moe_vision.export.flatten import FlattenError, flatten
+from moe_vision.export.hf import ExportError, ExportReport, export, verify
+
+__all__ = ["ExportError", "ExportReport", "FlattenError", "export", "flatten", "verify"]
+
+
+class CallableModule(ModuleType):
+    """`moe_vision.export` is this module once something has imported it, and the function before: both are called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ExportReport:
+        return export(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = CallableModule

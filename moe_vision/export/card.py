@@ -1,7 +1,11 @@
 """The model card of an exported folder: what it is made of, how well it does, how to load it."""
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.cost import SLICED_SIZE
@@ -34,7 +38,18 @@ moe-vision: {parameters:.1f} M parameters, {tokens}.
 {branches}
 
 The language model's weights keep their own licence, which this card does not know.
-{results}
+{training}{results}
+## Intended use
+
+Research on vision experts in multimodal language models: questions about pictures, answered in text. The licences of
+the weights above bind together: what one of them forbids is forbidden for the whole.
+
+## Limits
+
+- Answers can be wrong, and read as sure as right ones; nothing here was tested for bias or safety.
+- It knows what its training showed it: the languages, kinds of pictures and questions of the data above.
+- Prompt, pictures and answer share a context of {context} tokens.
+
 ## Use
 
 The code is in this folder, in `modeling_moe_vision.py`; it needs `torch`, `torchvision` and `transformers`
@@ -63,8 +78,9 @@ def model_card(
     model: MoeVisionForConditionalGeneration,
     processor: MoeVisionProcessor,
     metrics: Mapping[str, Any] | None,
+    training: str | None = None,
 ) -> str:
-    """Write the card as Markdown with the Hub's header; metrics may be nested."""
+    """Write the card as Markdown with the Hub's header; metrics may be nested, training is its section's text."""
     vision = model.config.vision_config
     experts = [
         f"| {name} | {config.type_name} | {config.variant} | {config.size[0]} × {config.size[1]} px | "
@@ -84,9 +100,63 @@ def model_card(
         tokens=token_note(processor),
         experts="\n".join(experts),
         branches="\n".join(branches),
+        training=f"\n## Training\n\n{training or UNKNOWN_TRAINING}\n",
         results=results_table(metrics or {}),
+        context=getattr(model.config.text_config, "max_position_embeddings", "the language model's own number of"),
         prompt=CHAT_PROMPT if processor.chat_template else plain_prompt,
     )
+
+
+UNKNOWN_TRAINING = "The folder that was exported does not say how it was trained."
+
+
+def training_of(run: Path) -> str | None:
+    """Stages and data of a training's output as Markdown; None where it holds no schedule."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        return None
+    schedule = yaml.safe_load(file.read_text(encoding="utf-8"))
+    report = run / "data_report.json"
+    counts = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    rows = [
+        f"| {stage['name']} | {trained_in(stage)} | {data_name(stage['data'])} | {records_of(stage['name'], counts)} | "
+        f"{length_of(stage)} | {stage['batch_size']} |"
+        for stage in schedule["stages"]
+    ]
+    language = schedule["model"]["language_model"]["pretrained"] or "random weights"
+    header = "| stage | trains, at which rate | data | records | length | batch size |\n|---|---|---|---|---|---|"
+    return "\n".join([f"Language model before training: `{language}`. Seed {schedule['seed']}.", "", header, *rows])
+
+
+def trained_in(stage: Mapping[str, Any]) -> str:
+    """Groups and learning rates."""
+    if stage["prealign"] is not None:
+        rates = {"each expert by itself": stage["prealign"]["expert"], "its projector": stage["prealign"]["projector"]}
+        return ", ".join(f"{group} {rate:g}" for group, rate in rates.items())
+    turns = [stage["train"]] if stage["train"] is not None else [turn["train"] for turn in stage["alternate"]]
+    groups = [", ".join(f"{group} {rate:g}" for group, rate in turn.items()) for turn in turns]
+    return "; in turn with ".join(groups) + (" (LoRA)" if stage["lora"] is not None else "")
+
+
+def data_name(data: Mapping[str, Any] | None) -> str:
+    """What the data is called; of files, without the folders of the machine that read them."""
+    if data is None:
+        return "given on the command line"
+    if data.get("mixture") is not None:
+        return ", ".join(data_name(source) for source in data["mixture"])
+    if data.get("synthetic") is not None:
+        return f"generated {data['synthetic']}"
+    return f"`{Path(data.get('path') or data['dataset']).name}`"
+
+
+def records_of(stage: str, counts: Mapping[str, Any]) -> str:
+    """Records that the stage's run used, of the first where there are several, which then see the same."""
+    runs = [sources for name, sources in counts.items() if name.split("-", 1)[1].startswith(stage)]
+    return f"{sum(source['used'] for source in runs[0]):,}" if runs else ""
+
+
+def length_of(stage: Mapping[str, Any]) -> str:
+    return f"{stage['max_steps']} steps" if stage["max_steps"] is not None else f"{stage['epochs']:g} epochs"
 
 
 def token_note(processor: MoeVisionProcessor) -> str:

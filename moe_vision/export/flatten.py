@@ -61,15 +61,16 @@ class Source:
     defines: set[str] = field(default_factory=set)
 
 
-def flatten(config: MoeVisionConfig, plugins: Sequence[Path] = ()) -> str:
-    """Concatenate the sources that this model needs, in order of dependence, into one importable file.
+def flatten(used: MoeVisionConfig | Sequence[str], plugins: Sequence[Path] = ()) -> str:
+    """Concatenate the sources that a model needs, in order of dependence, into one importable file.
 
-    plugins: files outside the package that the model uses; those that registered a class are found unasked.
+    used: the model's config, or the names of the modules with its experts, fusion and slicing. plugins: files outside
+    the package that the model uses; those that registered a class are found unasked.
     Raises FlattenError, which names the file and the statement, where the sources cannot become one file.
     """
     sources: dict[str, Source] = {}
     paths = {str(path.resolve()): path for path in plugins}
-    for module in (*used_modules(config), *ROOTS):
+    for module in (*(used_modules(used) if isinstance(used, MoeVisionConfig) else used), *ROOTS):
         if module.split(".")[0] == PACKAGE:
             collect(module, sources, ())
         else:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from PIL import Image
 from safetensors.torch import save_file
 
 from moe_vision.export import selftest
-from moe_vision.export.card import model_card
+from moe_vision.export.card import model_card, training_of
 from moe_vision.export.flatten import MODULE_NAME, flatten
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load
@@ -27,14 +29,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a logit: code and weights are the same, only sums over threads may differ."""
 
-AUTO_MAP = {
-    "AutoConfig": f"{MODULE_NAME}.MoeVisionConfig",
-    "AutoModel": f"{MODULE_NAME}.MoeVisionModel",
-    "AutoModelForImageTextToText": f"{MODULE_NAME}.MoeVisionForConditionalGeneration",
-    "AutoModelForMultimodalLM": f"{MODULE_NAME}.MoeVisionForConditionalGeneration",
-    "AutoProcessor": f"{MODULE_NAME}.MoeVisionProcessor",
-    "AutoImageProcessor": f"{MODULE_NAME}.MoeVisionImageProcessor",
-}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -44,7 +38,7 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what the self-test saw."""
+    """What was written, and what the self-test saw. url: of the repository on the Hub, if it was pushed there."""
 
     destination: str
     files: tuple[str, ...]
@@ -52,6 +46,7 @@ class ExportReport:
     dtype: str
     max_difference: float
     new_tokens: int
+    url: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "files": list(self.files)}
@@ -60,7 +55,7 @@ class ExportReport:
         return (
             f"exported to {self.destination}: {len(self.files)} files, {self.bytes / 1e6:.1f} MB, "
             f"{self.dtype}\nself-test without moe_vision: loaded, logits within {self.max_difference:.3g} of "
-            f"the source model, generated {self.new_tokens} tokens"
+            f"the source model, generated {self.new_tokens} tokens" + (f"\npushed to {self.url}" if self.url else "")
         )
 
 
@@ -72,19 +67,25 @@ def export(
     max_shard_size: str = "5GB",
     metrics: Mapping[str, Any] | None = None,
     plugins: Sequence[Path] = (),
+    push: str | None = None,
+    private: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a folder that `transformers` loads without moe_vision, and prove it in a second process.
 
     source: a folder that `save_pretrained` of model and processor wrote, or a run's output that has one.
-    dtype: float32, bfloat16 or float16; the saved one by default. metrics: results for the card.
-    Raises ExportError where the destination is taken or the self-test fails, ValueError where source or dtype
-    is wrong.
+    dtype: float32, bfloat16 or float16; the saved one by default. metrics: results for the card. push: repository on
+    the Hub, as `name/model`, that gets the folder after it has proven itself; `private` if it has to be made.
+    Raises ExportError where the destination is taken, the self-test or the push fails, ValueError where source, dtype
+    or the repository's name is wrong.
     """
     source, destination = Path(source), Path(destination)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype '{dtype}': {suggest(dtype, list(DTYPES))}")
-    if (source / "model" / "config.json").is_file():
+    if push is not None:
+        check_push(push)
+    run = source if (source / "model" / "config.json").is_file() else source.parent
+    if run == source:
         source = source / "model"
     check_destination(source, destination, overwrite)
     # Loaded in the dtype and not cast to it: a cast would round buffers that loading keeps in fp32.
@@ -95,12 +96,14 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)  # of an earlier process that was killed and had the same id
     try:
         partial.mkdir()
-        write_folder(partial, model, processor, code, max_shard_size, metrics)
+        card = model_card(model, processor, metrics, training_of(run) if source.name == "model" else None)
+        write_folder(partial, model, processor, code, max_shard_size, card)
         result = run_selftest(partial, model, processor)
         put_in_place(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = tuple(sorted(str(p.relative_to(destination)) for p in destination.rglob("*") if p.is_file()))
+    url = None if push is None else pushed(destination, push, private=private)
     return ExportReport(
         destination=str(destination),
         files=files,
@@ -108,7 +111,42 @@ def export(
         dtype=str(model.dtype).removeprefix("torch."),
         max_difference=result["max_difference"],
         new_tokens=result["new_tokens"],
+        url=url,
     )
+
+
+def verify(folder: Path | str) -> dict[str, Any]:
+    """Prove a folder that was exported, or saved by `save_pretrained`, as an export proves itself.
+
+    Returns {max_difference, new_tokens, model_class}. Raises ValueError where its weights are not those of its config,
+    ExportError where it fails in a process without moe_vision.
+    """
+    return run_selftest(Path(folder), *load(folder))
+
+
+def check_push(repository: str) -> None:
+    """Raises ValueError where the name is none, ExportError where nobody is logged in: before any work is done."""
+    validate_repo_id(repository)
+    if get_token() is None:
+        raise ExportError(
+            f"pushing to '{repository}' needs a token of the Hub: run `hf auth login`, or set HF_TOKEN, or leave it out"
+        )
+
+
+def pushed(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload a folder in one commit and return its address. Raises ExportError; the folder stays."""
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        # What an earlier export left there, shards of another size or a pickle, must not lie beside this one.
+        return str(api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export by moe-vision", delete_patterns=["*"]
+        ).repo_url)  # fmt: skip
+    except (HfHubHTTPError, OSError) as error:
+        raise ExportError(
+            f"'{folder}' is whole, but could not be pushed to '{repository}' ({error}): see to the cause, and give "
+            f"`hf upload {repository} {folder}`"
+        ) from error
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -134,26 +172,16 @@ def write_folder(
     processor: MoeVisionProcessor,
     code: str,
     max_shard_size: str,
-    metrics: Mapping[str, Any] | None,
+    card: str,
 ) -> None:
     """Write everything that the folder holds."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
-    (folder / f"{MODULE_NAME}.py").write_text(code, encoding="utf-8")
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**config, "auto_map": AUTO_MAP})
-    values = read_json(folder / "processor_config.json")
-    parts = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
-    image_values = {**values["image_processor"], "auto_map": parts}
-    write_json(folder / "processor_config.json", {**values, "auto_map": parts, "image_processor": image_values})
-    (folder / "README.md").write_text(model_card(model, processor, metrics), encoding="utf-8")
+    (folder / f"{MODULE_NAME}.py").write_text(code, encoding="utf-8")  # with plug-ins that only the caller names
+    (folder / "README.md").write_text(card, encoding="utf-8")
     pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
     if pickles:
         raise ExportError(f"the folder would hold pickles, {pickles}: an export has safetensors only")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -185,7 +213,7 @@ def run_selftest(
         )
     if child.returncode:
         output = (child.stdout + child.stderr).strip()[-4000:]
-        raise ExportError(f"the exported folder failed its self-test, nothing was written:\n{output}")
+        raise ExportError(f"'{folder}' failed the self-test in a process without moe_vision:\n{output}")
     return json.loads(child.stdout.strip().splitlines()[-1])
 
 

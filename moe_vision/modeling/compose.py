@@ -23,6 +23,9 @@ from moe_vision.modeling.turns import Turns, turns_of
 
 __all__ = ["ModelConfig", "compose", "load", "save"]
 
+SAME_LOGITS = 1e-4
+"""Largest difference of the logits of a language model by itself and within a fused model."""
+
 
 def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
     """Build the fused model with every weight that its config names, in fp32, and its processor.
@@ -98,11 +101,24 @@ def question_turns(config: ModelConfig, tokenizer: Any) -> Turns | None:
 
 
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
-    """Copy a causal language model's weights into the fused model, exactly."""
-    causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    """Copy a causal language model's weights into the fused model, exactly. Raises ValueError if it then does not speak
+    as it did: some families do more to their logits than a linear layer.
+    """
+    causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     model.model.language_model.load_state_dict(causal.base_model.state_dict())
     if not model.config.tie_word_embeddings:
-        model.lm_head.load_state_dict(causal.get_output_embeddings().state_dict())
+        model.lm_head.load_state_dict(causal.get_output_embeddings().state_dict(), strict=False)  # compared below
+    training = model.training
+    ids = torch.arange(16)[None] % model.config.text_config.vocab_size
+    with torch.inference_mode():
+        difference = (model.eval()(ids).logits - causal(ids).logits).abs().max().item()
+    model.train(training)
+    if not difference <= SAME_LOGITS:
+        raise ValueError(
+            f"language model '{source}' ({causal.config.model_type}): as part of a fused model its logits differ from "
+            f"its own by up to {difference:.3g}, because its head is more than a linear layer without bias: choose "
+            "another language model"
+        )
 
 
 def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: Any) -> MoeVisionProcessor:

@@ -1,7 +1,9 @@
 """The Hugging Face config of a fused model: plain values only, so that it reads and writes as `config.json`."""
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -20,6 +22,23 @@ FORMAT_VERSION = 1
 def from_plain(registry: Registry, values: Mapping[str, Any]) -> Any:
     """Make a registered config from plain values with a `type` key. Raises UnknownNameError, TypeError, ValueError."""
     return registry[values["type"]](**{key: value for key, value in values.items() if key != "type"})
+
+
+class SavesItsCode:
+    """What an installed class saves loads without this package too, by the generated file that it puts beside it.
+
+    write_code: writes that file into a folder, and names in `auto_map` what in it stands for the class. The file itself
+    has none: transformers copies it from folder to folder.
+    """
+
+    write_code: ClassVar[Callable[[Any, Path], None] | None] = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own."""
+        if self.write_code is not None:
+            self.write_code(Path(save_directory))
+        library: Any = super()
+        return library.save_pretrained(save_directory, *args, **kwargs)
 
 
 class MoeVisionVisionConfig(PreTrainedConfig):
@@ -121,7 +140,7 @@ class MoeVisionVisionConfig(PreTrainedConfig):
         return policy.fitted(self.tokens_of)
 
 
-class MoeVisionConfig(PreTrainedConfig):
+class MoeVisionConfig(SavesItsCode, PreTrainedConfig):
     """Config of `MoeVisionForConditionalGeneration`.
 
     image_token_id: the placeholder that every visual token stands on; an id of the tokenizer's own vocabulary.

@@ -12,7 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.processing_utils import ImagesKwargs
 
-from moe_vision.modeling.configuration_moe_vision import from_plain
+from moe_vision.modeling.configuration_moe_vision import SavesItsCode, from_plain
 from moe_vision.registry import SLICING
 from moe_vision.slicing.base import SlicingPolicy
 from moe_vision.slicing.pictures import eight_bit
@@ -27,7 +27,7 @@ class MoeVisionImagesKwargs(ImagesKwargs, total=False):  # as transformers' own 
     images_per_prompt: list
 
 
-class MoeVisionImageProcessor(TorchvisionBackend):
+class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
     """slicing: {type, …}, the policy with its numbers of tokens, as the model's config has it.
 
     Sizes of views follow from it, so `size`, `do_resize`, `do_pad` and the like are refused.

@@ -66,6 +66,12 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        """As transformers' own, but pickled weights are read only where `use_safetensors` is false or None."""
+        library: Any = super()
+        return library.from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Experts and the language model draw their own weights when they are built; this runs again for the whole
@@ -438,13 +444,15 @@ def check_placeholders(placeholders: int, tokens: int, image_token_id: int) -> N
 class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixin):
     """The fused model with its language modelling head: trains with `labels`, generates with `generate`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MoeVisionConfig) -> None:
         super().__init__(config)
         self.model = MoeVisionModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        table = self.get_input_embeddings()
+        (path,) = (name for name, module in self.named_modules() if module is table)  # families differ in where it is
+        self._tied_weights_keys = {"lm_head.weight": f"{path}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -480,7 +488,9 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeVisionCausalLMOutput:
-        """As `MoeVisionModel.forward`; labels [B, T] hold -100 where nothing is to be learnt."""
+        """As `MoeVisionModel.forward`; labels [B, T] hold -100 where nothing is to be learnt, and where they hold the
+        image token nothing is learnt either.
+        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -500,7 +510,10 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
         loss = None
         if labels is not None:
             vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+            learnt = labels.masked_fill(
+                labels == self.config.image_token_id, -100
+            )  # TRL's labels are the prompt itself
+            loss = self.loss_function(logits=logits, labels=learnt, vocab_size=vocabulary, **kwargs)
         result = MoeVisionCausalLMOutput(
             loss=loss,
             logits=logits,

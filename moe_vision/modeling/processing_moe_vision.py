@@ -5,10 +5,11 @@ from typing import Any
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from moe_vision.modeling.configuration_moe_vision import SavesItsCode
 from moe_vision.slicing.plan import Size
 
 
-class MoeVisionProcessor(ProcessorMixin):
+class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
     """The image marker is the tokenizer's own `image_token`; the image processor's plan says what it becomes."""
 
     def __init__(

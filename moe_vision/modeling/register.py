@@ -1,5 +1,8 @@
 """Tell transformers' Auto classes about the installed package, so that its folders load without remote code."""
 
+from pathlib import Path
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,3 +29,12 @@ def register_auto_classes() -> None:
     AutoImageProcessor.register(
         MoeVisionConfig, image_processor_classes={"torchvision": MoeVisionImageProcessor}, exist_ok=True
     )
+    for cls in (MoeVisionConfig, MoeVisionImageProcessor, MoeVisionProcessor):
+        cls.write_code = write_code
+
+
+def write_code(saved: Any, folder: Path) -> None:
+    """The generated file, beside what is saved."""
+    from moe_vision.export.bundle import write_bundle  # which needs all these classes
+
+    write_bundle(saved, folder)

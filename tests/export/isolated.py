@@ -45,7 +45,7 @@ def isolated(script: str, *arguments: Any, home: Path, timeout: float = 600, pyt
     home.mkdir(parents=True, exist_ok=True)
     ended = subprocess.run(
         isolated_command(script, *arguments, python=python), cwd=home, env=isolated_environment(home),
-        capture_output=True, text=True, check=False, timeout=timeout,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout,
     )  # fmt: skip
     assert ended.returncode == 0, f"{script} ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-6000:]}"
     return json.loads(ended.stdout.strip().splitlines()[-1])

@@ -1,0 +1,153 @@
+"""What an export says of itself, where it is pushed to, and what it refuses to hold."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from moe_vision.export import ExportError, FlattenError, export, hf
+from moe_vision.modeling.compose import save
+from moe_vision.training.runner import train
+from moe_vision.training.schedule import TrainConfig
+from tests.contract.plugin_expert import PluginConfig
+from tests.export.conftest import Exported
+from tests.tiny import tiny_model
+from tests.unit.test_cli import run
+from tests.unit.toy import train_values
+
+PLUGIN = """\
+import {module}
+from dataclasses import dataclass
+from moe_vision.experts import EXPERTS
+from tests.contract.plugin_expert import PluginConfig
+
+
+@EXPERTS.register("{name}")
+@dataclass(frozen=True, kw_only=True)
+class MyConfig(PluginConfig):
+    pass
+"""
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi: remembers what it was asked."""
+
+    def __init__(self, fault: OSError | None = None) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.fault = fault
+
+    def __call__(self) -> "Hub":
+        return self
+
+    def create_repo(self, repository: str, **options: Any) -> None:
+        self.asked.append((repository, options))
+
+    def upload_folder(self, **options: Any) -> Any:
+        if self.fault is not None:
+            raise self.fault
+        files = sorted(path.name for path in Path(options["folder_path"]).iterdir())
+        self.asked.append((options.pop("repo_id"), {**options, "files": files}))
+        return SimpleNamespace(repo_url="https://huggingface.co/me/model")
+
+
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No self-test: other files test that."""
+    monkeypatch.setattr(hf, "run_selftest", lambda *_: {"max_difference": 0.0, "new_tokens": 4})
+
+
+@pytest.mark.usefixtures("proven")
+def test_push_uploads_the_whole_folder_once(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr(hf, "HfApi", hub)
+    monkeypatch.setenv("HF_TOKEN", "a token")
+    report = export(tiny.source, tmp_path / "folder", push="me/model", private=True)
+    assert report.url == "https://huggingface.co/me/model" and "pushed to https" in report.summary()
+    (made, options), (repository, uploaded) = hub.asked
+    assert made == repository == "me/model" and options == {"private": True, "exist_ok": True}
+    assert uploaded["files"] == sorted(report.files) and uploaded["delete_patterns"] == ["*"]
+
+
+@pytest.mark.usefixtures("proven")
+def test_a_push_that_fails_leaves_the_folder(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "HfApi", Hub(OSError("no route to the Hub")))
+    monkeypatch.setenv("HF_TOKEN", "a token")
+    with pytest.raises(ExportError, match=r"no route to the Hub.*`hf upload me/model "):
+        export(tiny.source, tmp_path / "folder", push="me/model")
+    assert (tmp_path / "folder" / "model.safetensors").is_file()
+
+
+def test_a_push_that_cannot_work_is_refused_before_any_work(
+    tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "get_token", lambda: None)
+    with pytest.raises(ExportError, match="needs a token of the Hub"):
+        export(tiny.source, tmp_path / "folder", push="me/model")
+    with pytest.raises(ValueError, match="me//model"):
+        export(tiny.source, tmp_path / "folder", push="me//model")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.usefixtures("proven")
+def test_the_card_tells_of_training_and_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    values = train_values(tmp_path)
+    train(TrainConfig.model_validate(values), tmp_path / "run", console=Console(quiet=True))
+    (tmp_path / "results.json").write_text(json.dumps({"average": 0.5, "by_task": {"dark": 0.25}}))
+    code, _, err = run(
+        monkeypatch, capsys, "export", tmp_path / "run", "-o", tmp_path / "out", "--metrics", tmp_path / "results.json"
+    )
+    assert code == 0, err
+    card = (tmp_path / "out" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "image-text-to-text" and header["library_name"] == "transformers"
+    rows = [line for line in card.splitlines() if line.startswith("| projector |") or line.startswith("| finetune |")]
+    first, second = values["stages"]
+    rates = [", ".join(f"{group} {rate:g}" for group, rate in stage["train"].items()) for stage in (first, second)]
+    assert rows == [
+        f"| projector | {rates[0]} | `data.json` | 8 | 4 steps | 2 |",
+        f"| finetune | {rates[1]} | `data.json` | 8 | 4 steps | 2 |",
+    ]
+    assert "| average | 0.5 |" in card and "| by_task.dark | 0.25 |" in card
+    assert "random weights" in card and "context of 256 tokens" in card and "## Limits" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.usefixtures("proven")
+def test_a_folder_without_a_schedule_says_so(tiny: Exported, tmp_path: Path) -> None:
+    export(tiny.source, tmp_path / "folder")
+    assert "does not say how it was trained" in (tmp_path / "folder" / "README.md").read_text()
+
+
+def test_verify_on_the_command_line(
+    tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, "verify", tiny.folder, "--json")
+    assert code == 0 and json.loads(out)["max_difference"] == 0
+    broken = shutil.copytree(tiny.folder, tmp_path / "broken")
+    code_file = broken / "modeling_moe_vision.py"
+    code_file.write_text(code_file.read_text().replace("self.lm_head(", "2 * self.lm_head("))
+    code, _, err = run(monkeypatch, capsys, "verify", broken)
+    assert code == 2 and "logits differ by up to" in err
+
+
+@pytest.mark.parametrize(("module", "refused"), [("yaml", True), ("math", False)])
+def test_a_plugin_with_dependencies_is_refused_by_its_file(
+    module: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"export_plugin_{module}"
+    (tmp_path / f"{name}.py").write_text(PLUGIN.format(module=module, name=name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    __import__(name)
+    model, processor = tiny_model({"mine": {"type": name, "variant": "micro", "pretrained": None}})
+    assert isinstance(model.config.vision_config.expert_configs()["mine"], PluginConfig)
+    save(model, processor, tmp_path / "model")  # training with it must not end in an error
+    with pytest.raises(FlattenError) as caught:
+        export(tmp_path / "model", tmp_path / "folder")
+    # Not even the allowed one can go along here: it needs a module of this test.
+    assert (f"plug-in {name}.py:1: `import yaml`" if refused else f"plug-in {name}.py") in str(caught.value)
+    assert f"plug-in {name}.py" in caplog.text and not (tmp_path / "folder").exists()

@@ -68,9 +68,13 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
-        """As transformers' own, but pickled weights are read only where `use_safetensors` is false or None."""
+        """As transformers' own, but pickled weights are read only where `use_safetensors` is false or None, and the
+        logits do not depend on how files were cut.
+        """
         library: Any = super()
-        return library.from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        loaded = library.from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        align(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,6 +93,20 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
             draw: Any = getattr(module, "draw_weights", None)
             if draw is not None:
                 draw()
+
+
+ALIGNMENT_BYTES = 64
+"""Where torch lets a tensor's memory begin."""
+
+
+def align(module: nn.Module) -> None:
+    """Copy what lies in a file's pages to where torch would put it: CPU kernels round by where a weight begins, and in a
+    file the names before it decide that.
+    """
+    for value in (*module.parameters(), *module.buffers()):
+        plain = type(value.data) is torch.Tensor and value.device.type == "cpu"
+        if plain and value.data_ptr() % ALIGNMENT_BYTES:
+            value.data = value.data.clone()
 
 
 class MoeVisionTower(nn.Module):

@@ -14,6 +14,7 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import cost, count
 from moe_vision.modeling.model_config import ModelConfig
+from tests.sliced import pictures
 from tests.tiny import tiny_model, tiny_values
 
 
@@ -158,3 +159,15 @@ def test_cost_of_eagle_x5_is_that_of_the_published_system() -> None:
     assert parts["adapters.overview"].parameters == pytest.approx(48.2e6, rel=0.01)
     tera = [part.flops / 1e12 for name, part in parts.items() if "experts" in name]
     assert tera == pytest.approx([0.72, 6.33, 2.98, 3.10, 2.51], rel=0.02)
+
+
+def test_logits_do_not_depend_on_how_files_are_cut(tmp_path: Path) -> None:
+    model, processor = tiny_model(("clip", "sam", "convnext"))
+    inputs = processor(images=pictures()[:1], text="<image>what is it", return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        for size in ("20KB", "50KB", "5GB"):
+            model.save_pretrained(tmp_path / size, max_shard_size=size)
+            again = type(model).from_pretrained(tmp_path / size).eval()
+            assert torch.equal(again(**inputs).logits, expected)
+            assert not [name for name, value in again.named_parameters() if value.data_ptr() % 64]

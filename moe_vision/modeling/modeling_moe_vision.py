@@ -100,8 +100,8 @@ ALIGNMENT_BYTES = 64
 
 
 def align(module: nn.Module) -> None:
-    """Copy what lies in a file's pages to where torch would put it: CPU kernels round by where a weight begins, and in a
-    file the names before it decide that.
+    """Copy what lies in a file's pages to where torch would put it: CPU kernels round by where a weight begins, and in
+    a file the names before it decide that.
     """
     for value in (*module.parameters(), *module.buffers()):
         plain = type(value.data) is torch.Tensor and value.device.type == "cpu"

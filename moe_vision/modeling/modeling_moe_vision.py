@@ -76,6 +76,17 @@ class MoeVisionPreTrainedModel(PreTrainedModel):
         align(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, in the language model. Experts keep what they were built with, as they do on loading:
+        none of them knows every implementation.
+        """
+        wanted: Any = attn_implementation
+        if isinstance(wanted, dict):
+            wanted = wanted.get("text_config", wanted.get("", self.config._attn_implementation))
+        base: Any = self.base_model
+        base.language_model.set_attn_implementation(wanted, *args, **kwargs)
+        self.config._attn_implementation = base.language_model.config._attn_implementation
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Experts and the language model draw their own weights when they are built; this runs again for the whole

@@ -64,11 +64,9 @@ class Fusion:
             text = tokenise(record, self.processor)
             items.append({"input_ids": text.input_ids, "labels": text.labels})
         side = 128 * SPREAD
-        return {
-            **self.collator(items),
-            "mixed_tokens": torch.cat([self.features[record.images[0]].float() for record in records]),
-            "image_sizes": torch.tensor([[side, side, 1]] * len(records)),
-        }
+        mixed_tokens = torch.cat([self.features[record.images[0]].float() for record in records])
+        sizes = torch.tensor([[side, side, 1]] * len(mixed_tokens))
+        return {**self.collator(items), "mixed_tokens": mixed_tokens, "image_sizes": sizes}
 
     def train(self, records: Sequence[Record], stage: dict[str, float]) -> float:
         """Train adapters, selector and language model; returns the last loss."""

@@ -45,7 +45,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
 
 def views_of(images: Sequence[Path], processor: MoeVisionProcessor) -> dict[str, torch.Tensor]:
-    """pixel_values [V, 3, H, W] in [0, 1] and image_sizes [images, 3] of the pictures of one prompt."""
+    """pixel_values [V, 3, H, W] in [0, 1] and image_sizes [V, 3] of the pictures of one prompt."""
     pictures = [load_image(path) for path in images]
     inputs = processor.image_processor(pictures, images_per_prompt=[len(images)] * len(images), return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "image_sizes")}

@@ -67,7 +67,9 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
         self, images, do_rescale, rescale_factor, slicing, images_per_prompt, return_tensors, **kwargs
     ):  # fmt: skip
         """[3, H, W] in 0..255 each → pixel_values [V, 3, H, W] in [0, 1], views in the plans' order, smaller ones with
-        zeros to their right and below; image_sizes [images, 3]: height, width, images in the prompt.
+        zeros to their right and below; image_sizes [V, 3]: of each view's image height, width, images in the prompt.
+
+        vLLM cuts every tensor here into images by their numbers of views, so each has a row for every view.
         """
         given = [name for name in ("size", "crop_size", "pad_size", "do_resize", "do_pad", "do_center_crop", "resample")
                  if kwargs.get(name) is not None]  # fmt: skip
@@ -81,7 +83,7 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
             for view in render(image, plan.views):
                 # Bicubic overshoots on float images; views are promised in [0, 1].
                 views.append(self.rescale(view, rescale_factor).clamp(0, 1) if do_rescale else view)
-            sizes.append([*plan.size, count])
+            sizes += [[*plan.size, count]] * len(plan.views)
             tokens.append(plan.num_tokens)
         data = {"pixel_values": join_views(views), "image_sizes": torch.tensor(sizes), "num_image_tokens": tokens}
         return BatchFeature(data=data, tensor_type=return_tensors)

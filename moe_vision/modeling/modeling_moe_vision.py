@@ -21,7 +21,7 @@ from moe_vision.fusion.base import Mixer
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
 from moe_vision.modeling.turns import question_mask
 from moe_vision.slicing.pack import pack, places
-from moe_vision.slicing.plan import Size
+from moe_vision.slicing.plan import Plan, Size
 from moe_vision.types import FeatureMap, VisualTokens
 
 
@@ -196,6 +196,11 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         self.reads = "none" if selector is None else selector.reads
         self.turns = vision.turn_ids()
         self.selector = None if selector is None else selector.build(width)
+        if self.selector is not None and config.text_config._attn_implementation in ("vllm", "vllm_mla"):
+            raise ValueError(
+                "vLLM gives the language model every visual token and never asks a selector, so this model would "
+                "answer as another one: use transformers, or compose without `branches.selector`"
+            )
         learnt = self.policy.learnt_markers()
         self.markers = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * width**-0.5) for name in learnt})
         self.language_model = AutoModel.from_config(config.text_config)
@@ -222,10 +227,10 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         which it chooses, and `places` one with [tokens, 2], where in the image each lies, down and across, in 0..1.
         `gates` holds what each adapter of a mixture contributed, [V, N, adapters] by branch, where there is a mixture.
 
-        image_sizes: [images, 3] height, width and images in the prompt, as the processor gives them; where there is no
-        slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views before, in their
-        place, where all views become as many. feature_maps: likewise what experts made of them, as `mix` takes them,
-        where there is no slicing.
+        image_sizes: [V, 3] of each view's image height, width and images in the prompt, as the processor gives them;
+        where there is no slicing they may be left out. mixed_tokens: [V, N, C], what the vision tower made of the views
+        before, in their place, where all views become as many. feature_maps: likewise what experts made of them, as
+        `mix` takes them, where there is no slicing.
         """
         output = BaseModelOutputWithPooling()
         if not self.policy.one_view:
@@ -264,12 +269,12 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
 
         Views of one size are encoded together, whichever images they are of.
         """
-        plans = [self.policy.plan((height, width), images) for height, width, images in image_sizes.tolist()]
+        plans = self.plans(image_sizes)
         views = [view for plan in plans for view in plan.views]
-        if len(views) != inputs.shape[0]:
+        if not len(views) == len(image_sizes) == inputs.shape[0]:
             raise ValueError(
-                f"images of sizes {image_sizes.tolist()} have {len(views)} views, pixel_values holds "
-                f"{inputs.shape[0]}: make both with this model's processor"
+                f"images of sizes {[plan.size for plan in plans]} have {len(views)} views, image_sizes holds "
+                f"{len(image_sizes)} and pixel_values {inputs.shape[0]}: make both with this model's processor"
             )
         buckets: dict[tuple[str, Size], list[int]] = defaultdict(list)
         for row, view in enumerate(views):
@@ -292,6 +297,15 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             found["local"] = [torch.tensor(plan.local_tokens, device=inputs.device) for plan in plans]
             found["places"] = [places(plan).to(inputs.device) for plan in plans]
         return found | ({"gates": {name: torch.cat(parts) for name, parts in gates.items()}} if gates else {})
+
+    def plans(self, image_sizes: torch.Tensor) -> list[Plan]:
+        """The plan of every image, from what `image_sizes` [V, 3] says of each view's."""
+        plans, rows = [], image_sizes.tolist()
+        while rows:
+            height, width, images = rows[0]
+            plans.append(self.policy.plan((height, width), images))
+            rows = rows[len(plans[-1].views) :]
+        return plans
 
     def mixed(self, inputs: torch.Tensor, branch: str, size: Size) -> VisualTokens:
         """Views of `size` in a canvas [V, 3, H, W], or what the tower made of them before [V, N, C] → [V, N, C]."""
@@ -395,7 +409,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         **kwargs: Any,
     ) -> tuple | MoeVisionModelOutput:
         """input_ids [B, T] or inputs_embeds [B, T, D]; pixel_values [V, 3, H, W], the views of the batch's images in
-        order; image_sizes [images, 3], which slicing needs.
+        order; image_sizes [V, 3], which slicing needs.
 
         In place of pixel_values: mixed_tokens [V, N, C], as the vision tower gives them, or mm_encoder_outputs, or
         feature_maps, [V, C, h, w] by expert; experts that have none there run on pixel_values beside them.

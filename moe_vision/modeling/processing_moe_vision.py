@@ -47,10 +47,10 @@ class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Placeholders and rows of pixel_values for images of these sizes (height, width)."""
+        """Placeholders and rows of pixel_values for one prompt's images of these sizes (height, width)."""
         if image_sizes is None:
             return MultiModalData()
-        plans = [self.image_processor.plan((height, width)) for height, width in image_sizes]
+        plans = [self.image_processor.plan((height, width), len(image_sizes)) for height, width in image_sizes]
         return MultiModalData(
             num_image_tokens=[plan.num_tokens for plan in plans], num_image_patches=[len(plan.views) for plan in plans]
         )

@@ -57,7 +57,8 @@ def test_placeholders_are_what_the_plans_promise(tiny: Tiny) -> None:
     counts = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
     plans = [model.model.policy.plan(size, images) for size, images in zip(SIZES, (1, 2, 2), strict=True)]
     assert counts == [plans[0].num_tokens, plans[1].num_tokens + plans[2].num_tokens]
-    assert batch["image_sizes"].tolist() == [[90, 140, 1], [200, 64, 2], [64, 64, 2]]
+    sizes = [[90, 140, 1], [200, 64, 2], [64, 64, 2]]  # of each image, once for each of its views
+    assert batch["image_sizes"].tolist() == [size for size, plan in zip(sizes, plans, strict=True) for _ in plan.views]
     assert len(batch["pixel_values"]) == sum(len(plan.views) for plan in plans)
 
 
@@ -209,8 +210,10 @@ def test_slices_need_their_sizes(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="needs pixel_values and image_sizes: give both"):
         model(**batch)
     more = torch.cat((batch["pixel_values"], batch["pixel_values"][:1]))
-    with pytest.raises(ValueError, match=rf"have {len(more) - 1} views, pixel_values holds {len(more)}"):
+    with pytest.raises(ValueError, match=rf"have {len(sizes)} views, image_sizes holds .* pixel_values {len(more)}:"):
         model(**{**batch, "pixel_values": more, "image_sizes": sizes})
+    with pytest.raises(ValueError, match=rf"image_sizes holds {len(sizes) + 1} and pixel_values {len(sizes)}:"):
+        model(**{**batch, "image_sizes": torch.cat((sizes, sizes[:1]))})
 
 
 @pytest.mark.parametrize(

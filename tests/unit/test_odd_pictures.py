@@ -88,7 +88,7 @@ def test_files_of_every_kind_are_seen_upright_and_in_their_colours(
     assert image_size(path) == SIZE  # what the plan is made of, from the header
     views = views_of([path], processor)
     plan = model.model.policy.plan(SIZE)
-    assert plan.grid == (2, 2) and views["image_sizes"].tolist() == [[*SIZE, 1]]
+    assert plan.grid == (2, 2) and views["image_sizes"].tolist() == [[*SIZE, 1]] * 5
     height, width = plan.views[-1].size
     overview = views["pixel_values"][-1, :, :height, :width] * 255
     expected = [(grey(c),) * 3 for c in (TOP, BOTTOM)] if write is sixteen_bit else [TOP, BOTTOM]

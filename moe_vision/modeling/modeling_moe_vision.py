@@ -611,19 +611,39 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """As `GenerationMixin` does it, with every image encoded once, however many beams or samples there are."""
         views, sizes = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_sizes", None)
+        encoded: Any = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         if views is not None and expand_size > 1 and input_ids is not None:
-            encoded: Any = self.get_image_features(views, sizes, return_dict=True)
+            encoded, views = self.get_image_features(views, sizes, return_dict=True), None
+        if encoded is not None and expand_size > 1 and input_ids is not None:
             counts = (input_ids == self.config.image_token_id).sum(1).tolist()
             tokens = torch.cat(tuple(encoded.pooler_output))
             check_placeholders(sum(counts), tokens.shape[0], self.config.image_token_id)
             by_row = tokens.split(counts)
             repeated = BaseModelOutputWithPooling()
             repeated["pooler_output"] = [row for row in by_row for _ in range(expand_size)]
-            model_kwargs["mm_encoder_outputs"] = {"image": repeated}
-        elif views is not None:
-            model_kwargs |= {"pixel_values": views, "image_sizes": sizes}
+            if encoded.get("selected"):
+                repeated["selected"] = True
+            encoded = repeated
         mixin: Any = super()
-        return mixin._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        input_ids, model_kwargs = mixin._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        # Behind the library, which would repeat images again, and in 5.16 knows none that are encoded.
+        if views is not None:
+            model_kwargs |= {"pixel_values": views, "image_sizes": sizes}
+        if encoded is not None:
+            model_kwargs["mm_encoder_outputs"] = {"image": encoded}
+        return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As `GenerationMixin` does it, and images that the cache holds are not given again, as 5.16 would."""
+        if model_kwargs.get("use_cache", True):
+            model_kwargs.pop("mm_encoder_outputs", None)
+        mixin: Any = super()
+        updated: dict[str, Any] = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return updated
 
 
 def without_dropped(

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from rich.console import Console
 
+from moe_vision.config import import_plugin
 from moe_vision.export import ExportError, FlattenError, export, hf
 from moe_vision.modeling.compose import save
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
-from tests.contract.plugin_expert import PluginConfig
 from tests.export.conftest import Exported
 from tests.tiny import tiny_model
 from tests.unit.test_cli import run
@@ -22,15 +22,38 @@ from tests.unit.toy import train_values
 
 PLUGIN = """\
 import {module}
+from collections.abc import Mapping
 from dataclasses import dataclass
-from moe_vision.experts import EXPERTS
-from tests.contract.plugin_expert import PluginConfig
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from moe_vision.experts import EXPERTS, Expert, ExpertConfig, ExpertSpec
+from moe_vision.experts.base import HALF
 
 
 @EXPERTS.register("{name}")
 @dataclass(frozen=True, kw_only=True)
-class MyConfig(PluginConfig):
-    pass
+class MyConfig(ExpertConfig):
+    specs: ClassVar[Mapping[str, ExpertSpec]] = {{
+        "micro": ExpertSpec(
+            hub_id=None, revision=None, licence="mit", channels=8, stride_px=16, image_size=(64, 64), mean=HALF,
+            std=HALF, pretraining="none",
+        )
+    }}
+
+    def build(self) -> "MyExpert":
+        return MyExpert(self)
+
+
+class MyExpert(Expert):
+    def __init__(self, config: MyConfig) -> None:
+        super().__init__(config)
+        self.model = nn.Conv2d(3, 8, 16, stride=16)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels)
 """
 
 
@@ -135,19 +158,26 @@ def test_verify_on_the_command_line(
     assert code == 2 and "logits differ by up to" in err
 
 
-@pytest.mark.parametrize(("module", "refused"), [("yaml", True), ("math", False)])
-def test_a_plugin_with_dependencies_is_refused_by_its_file(
-    module: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def with_plugin(module: str, folder: Path) -> str:
+    """A saved model whose expert is a plug-in that imports a module, in folder/model. Returns the plug-in's name."""
     name = f"export_plugin_{module}"
-    (tmp_path / f"{name}.py").write_text(PLUGIN.format(module=module, name=name))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    __import__(name)
-    model, processor = tiny_model({"mine": {"type": name, "variant": "micro", "pretrained": None}})
-    assert isinstance(model.config.vision_config.expert_configs()["mine"], PluginConfig)
-    save(model, processor, tmp_path / "model")  # training with it must not end in an error
-    with pytest.raises(FlattenError) as caught:
+    (folder / f"{name}.py").write_text(PLUGIN.format(module=module, name=name))
+    import_plugin(folder / f"{name}.py")
+    save(*tiny_model({"mine": {"type": name, "variant": "micro", "pretrained": None}}), folder / "model")
+    return name
+
+
+def test_a_plugin_goes_along(tmp_path: Path) -> None:
+    name = with_plugin("math", tmp_path)
+    report = export(tmp_path / "model", tmp_path / "folder")
+    assert report.max_difference == 0
+    assert f"# ---- plug-in {name}.py" in (tmp_path / "folder" / "modeling_moe_vision.py").read_text()
+
+
+def test_a_plugin_with_dependencies_is_refused_by_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = with_plugin("yaml", tmp_path)  # saves: training with it must not end in an error
+    assert f"plug-in {name}.py" in caplog.text
+    assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    with pytest.raises(FlattenError, match=f"^plug-in {name}.py:1: `import yaml` imports 'yaml'"):
         export(tmp_path / "model", tmp_path / "folder")
-    # Not even the allowed one can go along here: it needs a module of this test.
-    assert (f"plug-in {name}.py:1: `import yaml`" if refused else f"plug-in {name}.py") in str(caught.value)
-    assert f"plug-in {name}.py" in caplog.text and not (tmp_path / "folder").exists()
+    assert not (tmp_path / "folder").exists()

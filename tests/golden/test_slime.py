@@ -166,7 +166,7 @@ def test_from_features_to_the_embeddings_of_a_prompt() -> None:
     values, case = golden("encode_images_io_c0", "c0_"), MANIFEST["encode_images"]["cases"][0]
     model = whole()
     width, height = case["image_wh"]
-    sizes = torch.tensor([[height, width, 1]])
+    sizes = torch.tensor([[height, width, 1]] * len(values["clip_feats"]))
     encoded = model.get_image_features(None, sizes, values["clip_feats"], return_dict=True)
     tokens, count = encoded.pooler_output[0], 576 + 1 + case["total_local"]
     torch.testing.assert_close(tokens[:576], values["global"], **TOLERANCE)

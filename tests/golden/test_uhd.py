@@ -152,7 +152,7 @@ def test_from_views_to_the_embeddings_of_a_prompt(number: int) -> None:
     slices, overview = values[f"c{number}_slices"], values[f"c{number}_source"]
     views = [*(slices if case["grid"] else []), overview]
     assert [view.size for view in plan.views] == [tuple(view.shape[1:]) for view in views]
-    sizes = torch.tensor([[height, width, 1]])
+    sizes = torch.tensor([[height, width, 1]] * len(views))
     tokens = model.get_image_features(join_views(views), sizes, return_dict=True).pooler_output[0]
     expected = values[f"c{number}_inputs_embeds"][0]
     ids = torch.tensor([token for i in case["input_ids"] for token in ([0] * len(tokens) if i == -200 else [i])])[None]

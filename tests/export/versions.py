@@ -28,6 +28,7 @@ from moe_vision.modeling.compose import compose, save
 from moe_vision.modeling.model_config import ModelConfig, packaged_config
 from tests.export.isolated import SCRIPTS, isolated, isolated_environment
 from tests.export.test_auto import expected_of
+from tests.export.test_consumers import server
 from tests.export.test_engines import SELECTOR, SLICED, check_contract, save_engine_folders
 from tests.export.test_generation import check as check_generation
 from tests.tiny import tiny_model
@@ -35,7 +36,9 @@ from tests.tiny import tiny_model
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("5.16.1", "5.20.0", "5.23.0")
 ENGINES = {
-    "lmms-eval": "lmms-eval==0.7.3 loguru pytz evaluate sacrebleu portalocker tabulate colorama lxml tenacity",
+    "lmms-eval": """
+        lmms-eval==0.7.3 loguru pytz evaluate sacrebleu portalocker tabulate colorama lxml tenacity python-dotenv
+    """,
     "vllm": """
         vllm==0.33.0 transformers==5.20.0 anthropic apache-tvm-ffi==0.1.11 blake3 cachetools cbor2 cloudpickle
         compressed-tensors==0.17.0 depyf==0.20.0 distro fastapi==0.133.0 gguf ijson interegular lark llguidance
@@ -127,15 +130,24 @@ def in_vllm(python: str, folders: dict[str, Path], work: Path) -> str:
 
 
 def in_lmms_eval(python: str, folders: dict[str, Path], work: Path) -> str:
-    """The plug-in needs moe_vision, so there is no barrier."""
-    script = [python, str(SCRIPTS / "lmms_eval_itself.py"), str(folders["micro"])]
-    variables = isolated_environment(work / "home")
-    ended = subprocess.run(script, cwd=work, env=variables, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
-    seen = json.loads(ended.stdout.strip().splitlines()[-1])
-    assert seen["bases"] == ["Huggingface", "lmms"] and seen["answers"] == seen["expected"]
-    assert len(set(seen["answers"])) > 1
-    return f"--model moe_vision answers {seen['answers']}"
+    """The plug-in, which needs moe_vision, so that there is no barrier; and its client of a server that has one."""
+
+    def seen(script: str, *arguments: object) -> dict[str, Any]:
+        command = [python, str(SCRIPTS / f"{script}.py"), *map(str, arguments)]
+        variables = isolated_environment(work / "home")
+        ended = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
+        found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+        return found
+
+    by_plugin = seen("lmms_eval_itself", folders["micro"])
+    assert by_plugin["bases"] == ["Huggingface", "lmms"] and by_plugin["answers"] == by_plugin["expected"]
+    one_picture, _, no_picture = by_plugin["answers"]
+    assert one_picture != no_picture
+    with server(folders["micro"], work / "server") as address:
+        by_server = seen("lmms_eval_asks_server", folders["micro"], address)
+    assert by_server["answers"] == [one_picture, no_picture]
+    return f"--model moe_vision answers {by_plugin['answers']}, --model openai on `transformers serve` the same"
 
 
 def main() -> int:

@@ -151,7 +151,7 @@ def data_name(data: Mapping[str, Any] | None) -> str:
 
 def records_of(stage: str, counts: Mapping[str, Any]) -> str:
     """Records that the stage's run used, of the first where there are several, which then see the same."""
-    runs = [sources for name, sources in counts.items() if name.split("-", 1)[1].startswith(stage)]
+    runs = [sources for name, sources in counts.items() if f"{name.split('-', 1)[1]}-".startswith(f"{stage}-")]
     return f"{sum(source['used'] for source in runs[0]):,}" if runs else ""
 
 

@@ -8,8 +8,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from moe_vision.export.flatten import FlattenError, flatten
 from moe_vision.export.hf import ExportError, ExportReport, export, verify
+from moe_vision.modeling.flatten import FlattenError, flatten
 
 __all__ = ["ExportError", "ExportReport", "FlattenError", "export", "flatten", "verify"]
 

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from moe_vision.export import selftest
 from moe_vision.export.card import model_card, training_of
-from moe_vision.export.flatten import MODULE_NAME, flatten
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load
+from moe_vision.modeling.flatten import MODULE_NAME, flatten
 from moe_vision.registry import suggest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,8 +1,5 @@
 """Tell transformers' Auto classes about the installed package, so that its folders load without remote code."""
 
-from pathlib import Path
-from typing import Any
-
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -12,6 +9,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from moe_vision.modeling.bundle import write_bundle
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
 from moe_vision.modeling.image_processing_moe_vision import MoeVisionImageProcessor
 from moe_vision.modeling.modeling_moe_vision import MoeVisionForConditionalGeneration, MoeVisionModel
@@ -30,11 +28,4 @@ def register_auto_classes() -> None:
         MoeVisionConfig, image_processor_classes={"torchvision": MoeVisionImageProcessor}, exist_ok=True
     )
     for cls in (MoeVisionConfig, MoeVisionImageProcessor, MoeVisionProcessor):
-        cls.write_code = write_code
-
-
-def write_code(saved: Any, folder: Path) -> None:
-    """The generated file, beside what is saved."""
-    from moe_vision.export.bundle import write_bundle  # which needs all these classes
-
-    write_bundle(saved, folder)
+        cls.write_code = write_bundle

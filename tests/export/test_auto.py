@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import moe_vision
 from moe_vision.export import verify
-from moe_vision.export.bundle import AUTO_MAP
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.modeling.bundle import AUTO_MAP
 from moe_vision.modeling.compose import load
 from tests.export.conftest import Exported
 from tests.export.isolated import isolated

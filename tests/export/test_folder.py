@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from moe_vision.export import ExportError, ExportReport, export, hf
-from moe_vision.export.bundle import AUTO_MAP
 from moe_vision.modeling import MoeVisionForConditionalGeneration
+from moe_vision.modeling.bundle import AUTO_MAP
 from tests.tiny import tiny_model
 
 ALL = ("clip", "convnext", "pix2struct", "eva02", "sam")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_vision.export.flatten import (
+from moe_vision.modeling.flatten import (
     ALLOWED,
     FlattenError,
     Source,

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moe_vision.export.flatten import MODULE_NAME, FlattenError, flatten, used_modules
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig
+from moe_vision.modeling.flatten import MODULE_NAME, FlattenError, flatten, used_modules
 from moe_vision.modeling.image_processing_moe_vision import MoeVisionImageProcessor
 from moe_vision.modeling.processing_moe_vision import MoeVisionProcessor
 from moe_vision.registry import SLICING

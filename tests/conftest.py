@@ -7,6 +7,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# pytest runs a process a core, and more threads than cores wait for each other; a forked child, besides, must not wait
+# for threads that only its parent has. What tests start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from moe_vision.data.synthetic import write_split
 

@@ -26,7 +26,7 @@ def launch(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / config)]
     done = subprocess.run(
         [sys.executable, *command, "--num_processes", "2", "--main_process_port", "0", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         timeout=300, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr  # whole: the rank that failed first stands far above the end

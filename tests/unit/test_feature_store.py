@@ -172,24 +172,19 @@ def test_a_full_store_lets_the_oldest_go_first(
 
 def in_processes(count: int, work: Callable[[int], None]) -> list[int]:
     """Exit codes of forked children that do `work(number)`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
-    try:
-        children = []
-        for number in range(count):
-            if (child := os.fork()) == 0:
-                code = 1
-                try:
-                    work(number)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
-            children.append(child)
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    finally:
-        torch.set_num_threads(threads)
+    children = []
+    for number in range(count):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                work(number)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def test_processes_make_each_map_once(tmp_path: Path, pictures: list[Path]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from moe_vision.training import checkpoints, runner
@@ -74,15 +73,6 @@ def assert_nothing_half(output: Path) -> None:
         assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= {
             path.name for path in checkpoint.iterdir()
         }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """A forked child must not wait for threads that only its parent has; sums are then the same in both, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -35,15 +35,6 @@ KILLS = 10
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """A forked child must not wait for threads that only its parent has; sums are the same everywhere, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[SearchConfig, Path, dict[str, Any]]:
     """A greedy search with the proxy, its output, and what it returned."""

@@ -382,7 +382,7 @@ def evaluate_command(
     from moe_vision.viz.tables import accuracy_table
 
     records = load_records(data, image_root)
-    report = evaluate(*load(model_folder(model)), records, batch_size, max_new_tokens)
+    report = evaluate(*load(model), records, batch_size, max_new_tokens)
     if predictions is not None:
         predictions.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
     if as_json:
@@ -409,7 +409,7 @@ def generate(
     images = image or []
     for path in images:
         load_image(path)
-    text = answer(*load(model_folder(model)), question, images, max_new_tokens)
+    text = answer(*load(model), question, images, max_new_tokens)
     if as_json:
         print_json({"question": question, "images": [str(path) for path in images], "answer": text})
     else:
@@ -435,7 +435,7 @@ def export(
     """Write a Hugging Face folder that loads without this package, and prove it in a second process."""
     from moe_vision.export import export as run
 
-    results = None if metrics is None else json.loads(metrics.read_text(encoding="utf-8"))
+    results = None if metrics is None else read_metrics(metrics)
     report = run(
         source, output, dtype=dtype, max_shard_size=max_shard_size, metrics=results, push=push, private=private,
         overwrite=overwrite,
@@ -446,6 +446,17 @@ def export(
         print(report.summary())
 
 
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Results for a card. Raises ValueError where the file holds none."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"metrics '{path}' is not JSON ({error}): give what `eval --json` printed") from None
+    if not isinstance(results, dict):
+        raise ValueError(f"metrics '{path}' holds a JSON {type(results).__name__}: give an object of names and values")
+    return results
+
+
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="An export, or a run's output or its model/ folder.")],
@@ -454,17 +465,12 @@ def verify(
     """Prove that a folder is whole and loads without this package, as `export` does."""
     from moe_vision.export import verify as run
 
-    result = run(model_folder(folder))
+    result = run(folder)
     if as_json:
         print_json(result)
     else:
         print(f"'{folder}' loads without moe_vision; logits within {result['max_difference']:.3g} of its own here, "
               f"{result['new_tokens']} tokens generated")  # fmt: skip
-
-
-def model_folder(path: Path) -> Path:
-    """The model folder of a run's output, or the folder itself."""
-    return path / "model" if (path / "model" / "config.json").is_file() else path
 
 
 @app.command()

@@ -123,7 +123,7 @@ def training_of(run: Path) -> str | None:
         f"{length_of(stage)} | {stage['batch_size']} |"
         for stage in schedule["stages"]
     ]
-    language = schedule["model"]["language_model"]["pretrained"] or "random weights"
+    language = without_folders(schedule["model"]["language_model"]["pretrained"] or "random weights")
     header = "| stage | trains, at which rate | data | records | length | batch size |\n|---|---|---|---|---|---|"
     return "\n".join([f"Language model before training: `{language}`. Seed {schedule['seed']}.", "", header, *rows])
 
@@ -139,14 +139,20 @@ def trained_in(stage: Mapping[str, Any]) -> str:
 
 
 def data_name(data: Mapping[str, Any] | None) -> str:
-    """What the data is called; of files, without the folders of the machine that read them."""
+    """What the data is called."""
     if data is None:
         return "given on the command line"
     if data.get("mixture") is not None:
         return ", ".join(data_name(source) for source in data["mixture"])
     if data.get("synthetic") is not None:
         return f"generated {data['synthetic']}"
-    return f"`{Path(data.get('path') or data['dataset']).name}`"
+    return f"`{without_folders(data.get('path') or data['dataset'])}`"
+
+
+def without_folders(source: str) -> str:
+    """A name on the Hub or in a package as it is; of a path, which would tell about the machine, the last part."""
+    path = Path(source).expanduser()
+    return path.name if path.is_absolute() else source
 
 
 def records_of(stage: str, counts: Mapping[str, Any]) -> str:

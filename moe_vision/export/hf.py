@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from moe_vision.export import selftest
 from moe_vision.export.card import model_card, training_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.modeling.compose import load
+from moe_vision.modeling.compose import load, model_folder
 from moe_vision.modeling.flatten import MODULE_NAME, flatten
 from moe_vision.registry import suggest
 
@@ -84,9 +84,7 @@ def export(
         raise ValueError(f"dtype '{dtype}': {suggest(dtype, list(DTYPES))}")
     if push is not None:
         check_push(push)
-    run = source if (source / "model" / "config.json").is_file() else source.parent
-    if run == source:
-        source = source / "model"
+    source = model_folder(source)
     check_destination(source, destination, overwrite)
     # Loaded in the dtype and not cast to it: a cast would round buffers that loading keeps in fp32.
     model, processor = load(source, DTYPES[dtype] if dtype is not None else None)
@@ -96,7 +94,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)  # of an earlier process that was killed and had the same id
     try:
         partial.mkdir()
-        card = model_card(model, processor, metrics, training_of(run) if source.name == "model" else None)
+        card = model_card(model, processor, metrics, training_of(source.parent) if source.name == "model" else None)
         write_folder(partial, model, processor, code, max_shard_size, card)
         result = run_selftest(partial, model, processor)
         put_in_place(partial, destination)

@@ -143,16 +143,22 @@ def save(
     temporary.rename(folder)
 
 
+def model_folder(path: Path) -> Path:
+    """The model's folder in a run's output, or the path itself."""
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
 def load(
     folder: Path | str, dtype: torch.dtype | None = None
 ) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
     """Read a fused model and its processor from a folder that training or export wrote; the saved dtype by default.
 
+    folder: a model folder, or a run's output that has one.
     Raises ValueError if the folder is not one, or if its weights and its config do not belong together.
     """
-    folder = Path(folder)
+    folder = model_folder(Path(folder))
     if not (folder / "config.json").is_file():
-        raise ValueError(f"'{folder}' is no model folder: it has no config.json; give a run's model/ or an export")
+        raise ValueError(f"'{folder}' is no model folder: it has no config.json; give a run's output or an export")
     loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or "auto", output_loading_info=True
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moe_vision.config import import_plugin
 from moe_vision.export import ExportError, FlattenError, export, hf
+from moe_vision.export.card import training_of
 from moe_vision.modeling.compose import save
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
@@ -138,6 +139,30 @@ def test_the_card_tells_of_training_and_results(tmp_path: Path, monkeypatch: pyt
     assert "| average | 0.5 |" in card and "| by_task.dark | 0.25 |" in card
     assert "random weights" in card and "context of 256 tokens" in card and "## Limits" in card
     assert str(tmp_path) not in card
+
+
+def test_the_card_names_sources_without_the_folders_of_a_machine(tmp_path: Path) -> None:
+    train(TrainConfig.model_validate(train_values(tmp_path)), tmp_path / "run", console=Console(quiet=True))
+    file = tmp_path / "run" / "config.yaml"
+    schedule = yaml.safe_load(file.read_text())
+    schedule["model"]["language_model"]["pretrained"] = "/home/somebody/models/a-llama"
+    schedule["stages"][0]["data"] |= {"path": None, "dataset": "somebody/pictures"}
+    schedule["stages"][1]["data"] |= {"path": "~/data/questions.json"}
+    file.write_text(yaml.safe_dump(schedule))
+    told = training_of(tmp_path / "run")
+    assert told is not None and told.startswith("Language model before training: `a-llama`.")
+    assert "| `somebody/pictures` |" in told and "| `questions.json` |" in told
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[1]", "holds a JSON list")])
+def test_metrics_that_are_none_are_refused_before_any_work(
+    tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, text: str, said: str
+) -> None:
+    (tmp_path / "results.json").write_text(text)
+    code, _, err = run(
+        monkeypatch, capsys, "export", tiny.source, "-o", tmp_path / "out", "--metrics", tmp_path / "results.json"
+    )
+    assert code == 2 and "results.json" in err and said in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("proven")

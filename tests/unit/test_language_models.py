@@ -17,9 +17,12 @@ DECODER = {
     "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
+OPT = {
+    "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": DECODER, "qwen3": DECODER, "mistral": DECODER, "phi3": DECODER, "gemma3_text": {**DECODER, "head_dim": 16},
-    "olmo2": DECODER, "smollm3": DECODER, "stablelm": DECODER, "gpt_neox": DECODER, "gpt2": GPT,
+    "olmo2": DECODER, "smollm3": DECODER, "stablelm": DECODER, "gpt_neox": DECODER, "gpt2": GPT, "opt": OPT,
 }  # fmt: skip
 
 
@@ -65,9 +68,11 @@ def test_a_family_speaks_as_it_did(family: str, tied: bool, tmp_path: Path) -> N
     [("phi", DECODER, "differ from its own by up to"),
      ("gemma2", {**DECODER, "head_dim": 16}, "final_logit_softcapping"),
      ("granite", {**DECODER, "logits_scaling": 2.0}, "logits_scaling"),
-     ("cohere2", {**DECODER, "logit_scale": 0.5}, "logit_scale")],
+     ("cohere2", {**DECODER, "logit_scale": 0.5}, "logit_scale"),
+     ("opt", {**OPT, "word_embed_proj_dim": 16}, "embeds its tokens in 16 values and widens them to 32"),
+     ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "keeps a state")],
 )  # fmt: skip
-def test_a_family_whose_head_is_more_is_refused(
+def test_a_family_that_cannot_be_fused_is_refused(
     family: str, values: dict[str, Any], cause: str, tmp_path: Path
 ) -> None:
     saved(tmp_path, family, **values)

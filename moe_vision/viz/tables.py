@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -68,25 +69,24 @@ def shortened(path: str) -> str:
 
 
 def runs_table(runs: "Sequence[PlannedRun]", title: str) -> Table:
-    """Runs of a schedule: what trains at which rate, what is frozen, and how much work it is."""
-    table = Table(title=title)
-    table.add_column("run", overflow="fold")
-    table.add_column("trains: parameters, learning rate", overflow="fold")
-    table.add_column("frozen", overflow="fold")
-    table.add_column("data", overflow="fold")
-    for name in ("batch", "steps", "tokens", "FLOPs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    """Runs of a schedule: what trains at which rate, what is frozen, and how much work it is; fits into 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
     for run in runs:
-        lines = [f"{group} ({scaled(count)}, {rate:g})" for group, (count, rate) in run.trains.items()]
+        data = "data of --data" if run.data is None else shortened(run.data)
+        counts = (run.steps, run.batch, run.records)
+        steps, batch, records = ["?" if value is None else f"{value:,}" for value in counts]
+        tokens, flops = ["?" if value is None else scaled(value, ".3g") for value in (run.tokens, run.flops)]
+        trains = [f"{group} {scaled(count)} at {rate:g}" for group, (count, rate) in run.trains.items()]
+        frozen = [f"{group} {scaled(count)}" for group, count in run.frozen.items()]
+        table.add_row(f"[bold]{escape(run.name)}[/]", escape(f"{data}, {records} records"))
+        table.add_row("  work", f"{steps} steps of {batch}, {tokens} tokens, {flops} FLOPs")
+        table.add_row("  trains", escape("\n".join(trains)))
         if run.turns:
-            lines += ["in turn: " + ", ".join(f"{'+'.join(groups)} {steps}" for groups, steps in run.turns) + " steps"]
-        frozen = [f"{group} ({scaled(count)})" for group, count in run.frozen.items()]
-        data = "(--data)" if run.data is None else shortened(run.data)
-        if run.records is not None:
-            data += f"\n{run.records:,} records"
-        counts = [f"{value:,}" if value is not None else "?" for value in (run.batch, run.steps)]
-        sums = ["?" if value is None else scaled(value, ".3g") for value in (run.tokens, run.flops)]
-        table.add_row(run.name, "\n".join(lines), "\n".join(frozen), data, *counts, *sums)
+            turns = [f"{' + '.join(groups)} {steps} steps" for groups, steps in run.turns]
+            table.add_row("  in turn", escape(", ".join(turns)))
+        table.add_row("  frozen", escape(", ".join(frozen)) or "nothing", end_section=True)
     return table
 
 

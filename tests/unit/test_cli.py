@@ -19,11 +19,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object, columns: int = 200
 ) -> tuple[int, str, str]:
     """Exit code, standard output, standard error of one command."""
     monkeypatch.setattr(sys, "argv", ["moe-vision", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as caught:
         cli.command()
     out, err = capsys.readouterr()
@@ -49,6 +49,17 @@ def test_show_prints_each_part_and_json(monkeypatch, capsys, tmp_path: Path) -> 
 def test_show_of_a_train_config(monkeypatch, capsys) -> None:
     code, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "train/micro.yaml")
     assert code == 0 and "01-projector" in out and "adapters" in out
+
+
+def test_show_of_a_schedule_reads_in_80_columns(monkeypatch, capsys) -> None:
+    _, out, _ = run(monkeypatch, capsys, "show", CONFIGS / "train/micro-alternate.yaml", columns=80)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    second = lines[lines.index("02-alternate questions of 1000 scenes, train, 1,000 records") :]
+    assert second[2:5] == [
+        "trains adapters 186.34 k at 0.001", "language_model 374.50 k at 0.0003",
+        "in turn adapters 10 steps, language_model 10 steps",
+    ]  # fmt: skip
+    assert second[1].startswith("work 126 steps of 16, ") and second[5].startswith("frozen experts.clip 200.38 k, ")
 
 
 def test_show_of_a_comparison(monkeypatch, capsys) -> None:

@@ -1,5 +1,6 @@
 """The generated file beside what `save_pretrained` of the installed classes writes."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ AUTO_MAP = {
 PROCESSORS = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
 
 
+@functools.cache
+def flattened(modules: tuple[str, ...]) -> str:
+    """The file of some modules. Kept, since training saves often, and a later text might not be of the code that runs."""
+    return flatten(modules)
+
+
 def write_bundle(saved: MoeVisionConfig | MoeVisionImageProcessor | MoeVisionProcessor, folder: Path) -> None:
     """Write the file that a config, an image processor or a processor needs, and name its classes in their `auto_map`.
 
@@ -39,7 +46,7 @@ def write_bundle(saved: MoeVisionConfig | MoeVisionImageProcessor | MoeVisionPro
         parts.append(images)
         modules, auto_map = [SLICING[images.slicing["type"]].__module__], PROCESSORS
     try:
-        text = flatten(modules)
+        text = flattened(tuple(modules))
     except FlattenError as error:
         logger.warning("'%s' is not written, its folder needs moe_vision to be loaded: %s", file, error)
         return

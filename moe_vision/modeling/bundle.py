@@ -26,7 +26,7 @@ PROCESSORS = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProce
 
 @functools.cache
 def flattened(modules: tuple[str, ...]) -> str:
-    """The file of some modules. Kept, since training saves often, and a later text might not be of the code that runs."""
+    """The file of some modules. Kept: training saves often, and a later text might not be of the code that runs."""
     return flatten(modules)
 
 

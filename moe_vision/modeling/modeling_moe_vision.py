@@ -6,23 +6,23 @@ language model ─ loss
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
-from moe_vision.fusion.base import Mixer
-from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
+from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig
+from moe_vision.modeling.generation import MoeVisionGenerationMixin
+from moe_vision.modeling.placeholders import check_placeholders, hidden_from, with_kept
+from moe_vision.modeling.tower import MoeVisionTower
 from moe_vision.modeling.turns import question_mask
 from moe_vision.slicing.pack import pack, places
 from moe_vision.slicing.plan import Plan, Size
-from moe_vision.types import FeatureMap, VisualTokens
+from moe_vision.types import VisualTokens
 
 
 @dataclass
@@ -118,65 +118,6 @@ def align(module: nn.Module) -> None:
         plain = type(value.data) is torch.Tensor and value.device.type == "cpu"
         if plain and value.data_ptr() % ALIGNMENT_BYTES:
             value.data = value.data.clone()
-
-
-class MoeVisionTower(nn.Module):
-    """The experts of a branch on views of one size, then its mixer."""
-
-    def __init__(self, config: MoeVisionVisionConfig) -> None:
-        super().__init__()
-        self.experts = nn.ModuleDict({name: expert.build() for name, expert in config.expert_configs().items()})
-        self.mixers = nn.ModuleDict(
-            {branch: config.mixer(branch).build(config.map_shapes(branch)) for branch in config.branches}
-        )
-        self.branch_experts = {branch: config.branch_experts(branch) for branch in config.branches}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first floating parameter: quantised language models leave the tower's as it was."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None,
-        branch: str = "overview",
-        feature_maps: Mapping[str, torch.Tensor] | None = None,
-    ) -> VisualTokens:
-        """Views [V, 3, H, W] in [0, 1] → VisualTokens [V, N, C]. feature_maps: as `mix` takes them."""
-        mixer: Any = self.mixers[branch]
-        views = None if pixel_values is None else pixel_values.to(self.dtype)
-        mixed = mix({name: self.experts[name] for name in self.branch_experts[branch]}, mixer, views, feature_maps)
-        # Matrix products round by the layout of what they read: tokens that were kept must be as those that are made.
-        return replace(mixed, data=mixed.data.contiguous())
-
-
-def mix(
-    experts: Mapping[str, nn.Module],
-    mixer: Mixer,
-    views: torch.Tensor | None,
-    feature_maps: Mapping[str, torch.Tensor] | None = None,
-) -> VisualTokens:
-    """Views [V, 3, H, W] → VisualTokens [V, N, C]; an expert between whose blocks others speak runs last.
-
-    feature_maps: what experts made of the views before, [V, C, h, w] by name; those do not run. Raises ValueError where
-    an expert has to run and there are no views, or where others speak between the blocks of one that has a map.
-    """
-    known = feature_maps or {}
-    running = [name for name in experts if name not in known]
-    if mixer.injected in known:
-        raise ValueError(f"feature_maps has '{mixer.injected}', between whose blocks the others speak: give it pixels")
-    if unknown := [name for name in known if name not in experts]:
-        raise ValueError(f"feature_maps has {unknown}, which are no experts of this branch ({', '.join(experts)})")
-    if running and views is None:
-        raise ValueError(f"experts {running} have no map in feature_maps: give pixel_values too")
-    maps = {
-        name: FeatureMap(known[name]) if name in known else expert(views)
-        for name, expert in experts.items()
-        if name != mixer.injected
-    }
-    if mixer.injected is not None:
-        maps[mixer.injected] = experts[mixer.injected](views, mixer.injection(maps))
-    return mixer(maps)
 
 
 class MoeVisionModel(MoeVisionPreTrainedModel):
@@ -456,35 +397,7 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
         return result.to_tuple() if return_dict is False else result
 
 
-def with_kept(placeholders: torch.Tensor, keep: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[B, T], false on the placeholders of image tokens that are not kept; keep: [tokens] of each image."""
-    return torch.ones_like(placeholders).masked_scatter(placeholders, torch.cat(list(keep)))
-
-
-def hidden_from(attention_mask: torch.Tensor | None, valid: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-    """The mask [B, past + T] of a prompt without tokens that are not valid [B, T]. Raises ValueError if it is 4-D."""
-    if attention_mask is None:
-        past = cache.get_seq_length() if cache is not None else 0
-        attention_mask = torch.ones(len(valid), past + valid.shape[1], dtype=torch.long, device=valid.device)
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"a selector drops tokens from a mask [B, T], and attention_mask is {tuple(attention_mask.shape)}: give "
-            "one of two dimensions"
-        )
-    past = attention_mask.shape[1] - valid.shape[1]
-    return torch.cat([attention_mask[:, :past], attention_mask[:, past:] * valid.to(attention_mask)], dim=1)
-
-
-def check_placeholders(placeholders: int, tokens: int, image_token_id: int) -> None:
-    """Raise ValueError unless the text has exactly one placeholder for each token of its images."""
-    if placeholders != tokens:
-        raise ValueError(
-            f"the text has {placeholders} image placeholders (token {image_token_id}), the images give {tokens} "
-            "tokens: make both with this model's processor, and do not truncate through an image"
-        )
-
-
-class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixin):
+class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, MoeVisionGenerationMixin):
     """The fused model with its language modelling head: trains with `labels`, generates with `generate`."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -567,94 +480,3 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, GenerationMixi
             attention_mask=outputs.attention_mask,
         )
         return result.to_tuple() if return_dict is False else result
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `GenerationMixin.generate`. Tokens that a selector drops leave the sequence before the first step, so that
-        they take neither time nor cache; what is returned holds the prompt as it was given.
-        """
-        mixin: Any = super()
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        views, sizes = kwargs.get("pixel_values"), kwargs.get("image_sizes")
-        if self.model.selector is None or ids is None or (given is None and views is None):
-            return mixin.generate(inputs, **kwargs)
-        encoded: Any = self.get_image_features(views, sizes, return_dict=True) if given is None else given
-        mask = kwargs.get("attention_mask")
-        tokens, keep = self.model.select(encoded, ids, self.get_input_embeddings()(ids), mask)
-        valid = with_kept(ids == self.config.image_token_id, keep)
-        config = kwargs.get("generation_config") or self.generation_config
-        pad = next((value for value in (kwargs.get("pad_token_id"), config.pad_token_id) if value is not None), 0)
-        short, short_mask = without_dropped(ids, mask, valid, pad)
-        for name in ("max_length", "min_length"):  # which count the prompt
-            length = kwargs.get(name, getattr(config, name, None))
-            if length is not None:
-                kwargs[name] = length - ids.shape[1] + short.shape[1]
-        replaced = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "mm_encoder_outputs")
-        kwargs = {name: value for name, value in kwargs.items() if name not in replaced}
-        kept = BaseModelOutputWithPooling()
-        kept["pooler_output"] = [image[chosen] for image, chosen in zip(tokens, keep, strict=True)]
-        kept["selected"] = True
-        output = mixin.generate(
-            input_ids=short, attention_mask=short_mask, mm_encoder_outputs={"image": kept}, **kwargs
-        )
-        sequences = output if torch.is_tensor(output) else output.sequences
-        prompts = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
-        restored = torch.cat([prompts, sequences[:, short.shape[1] :]], dim=1)
-        if torch.is_tensor(output):
-            return restored
-        output.sequences = restored
-        return output
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """As `GenerationMixin` does it, with every image encoded once, however many beams or samples there are."""
-        views, sizes = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_sizes", None)
-        encoded: Any = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        if views is not None and expand_size > 1 and input_ids is not None:
-            encoded, views = self.get_image_features(views, sizes, return_dict=True), None
-        if encoded is not None and expand_size > 1 and input_ids is not None:
-            counts = (input_ids == self.config.image_token_id).sum(1).tolist()
-            tokens = torch.cat(tuple(encoded.pooler_output))
-            check_placeholders(sum(counts), tokens.shape[0], self.config.image_token_id)
-            by_row = tokens.split(counts)
-            repeated = BaseModelOutputWithPooling()
-            repeated["pooler_output"] = [row for row in by_row for _ in range(expand_size)]
-            if encoded.get("selected"):
-                repeated["selected"] = True
-            encoded = repeated
-        mixin: Any = super()
-        input_ids, model_kwargs = mixin._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        # Behind the library, which would repeat images again, and in 5.16 knows none that are encoded.
-        if views is not None:
-            model_kwargs |= {"pixel_values": views, "image_sizes": sizes}
-        if encoded is not None:
-            model_kwargs["mm_encoder_outputs"] = {"image": encoded}
-        return input_ids, model_kwargs
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As `GenerationMixin` does it, and images that the cache holds are not given again, as 5.16 would."""
-        if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("mm_encoder_outputs", None)
-        mixin: Any = super()
-        updated: dict[str, Any] = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return updated
-
-
-def without_dropped(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, valid: torch.Tensor, pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts [B, T] without padding and the tokens that are not valid [B, T], padded on the left to the longest, and
-    their mask."""
-    if attention_mask is not None:
-        valid = valid & attention_mask.bool()
-    rows = [ids[chosen] for ids, chosen in zip(input_ids, valid, strict=True)]
-    length = max(len(row) for row in rows)
-    short = torch.stack([F.pad(row, (length - len(row), 0), value=pad) for row in rows])
-    mask = torch.stack([F.pad(torch.ones_like(row), (length - len(row), 0)) for row in rows])
-    return short, mask

@@ -24,7 +24,7 @@ from moe_vision.interop.eagle import EXPERTS_OF_TOWERS, expert_weights, our_key
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionImageProcessor, MoeVisionProcessor
 from moe_vision.modeling.compose import make_processor
 from moe_vision.modeling.model_config import ModelConfig, packaged_config
-from moe_vision.modeling.modeling_moe_vision import MoeVisionTower
+from moe_vision.modeling.tower import MoeVisionTower
 from moe_vision.types import TokenShape, VisualTokens
 
 HERE = Path(__file__).parent / "eagle"

@@ -17,7 +17,7 @@ from moe_vision.experts import EXPERTS
 from moe_vision.experts.resolution import resize_positions
 from moe_vision.experts.weights import load_state
 from moe_vision.fusion import ADAPTERS, MIXERS
-from moe_vision.modeling.modeling_moe_vision import mix
+from moe_vision.modeling.tower import mix
 from moe_vision.slicing import Marker, Plan, Segment, View
 from moe_vision.slicing.pack import pack
 from moe_vision.types import FeatureMap, MapShape, TokenShape, VisualTokens

@@ -1,11 +1,14 @@
 """What the store of features saves a search: the micro search's trial of all five experts, with it and without.
 
     python benchmarks/search.py
-    python benchmarks/search.py --size 256      # the same experts on images of 256 pixels
+    python benchmarks/search.py --sizes 256      # on images of 256 pixels alone; 0 stands for the experts' own sizes
 
 `without`: experts run on pixels in every step and in the evaluation. `first` and `second`: two trials, of other seeds,
 that share a store which is empty before. Each is a job as the search runs it: training, loading, asking. The seconds of
 a trial are all of it; the losses and answers of seed 1 must be the same bitwise with the store and without.
+
+The store saves the experts' share of a trial, so that it matters how much work they are beside the language model. At
+256 pixels that is about what Eagle's five are beside a language model of half a billion parameters (docs/search.md).
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 from moe_vision.config import validate
+from moe_vision.modeling.cost import cost
 from moe_vision.modeling.model_config import ModelConfig, packaged_config
 from moe_vision.search.config import SearchConfig
 from moe_vision.search.jobs import Job, Result, run_job
@@ -65,36 +69,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--experts", nargs="+", help="of the trial; all by default")
-    parser.add_argument("--size", type=int, help="image size in pixels of every expert, in place of its own")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[0, 256], help="of images in pixels; 0: experts' own")
     parser.add_argument("overrides", nargs="*", help="of configs/search/micro.yaml, as stages.0.epochs=1")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = load_schedule(SearchConfig, packaged_config("search/micro.yaml"), arguments.overrides)
     experts = arguments.experts or pool_of(config, model_config(config))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        size = arguments.size
-        warm = job_of(config, experts[:1], size, 0, folder, "warm")  # imports, and pictures that are drawn
-        run_job(replace(warm, schedule=short(warm.schedule)))
-        store = (str(folder / "features"), 4.0)
-        first, first_result = timed(replace(job_of(config, experts, size, 0, folder, "first"), features=store))
-        stored = replace(job_of(config, experts, size, 1, folder, "second"), features=store)
-        second, second_result = timed(stored)
-        bare = job_of(config, experts, size, 1, folder, "without")
-        schedule = bare.schedule
-        stages = [{**stage, "cache_features": False} for stage in schedule["stages"]]
-        bare = replace(bare, schedule={**schedule, "stages": stages})
-        without, bare_result = timed(bare)
-        same = losses(stored) == losses(bare) and second_result.right == bare_result.right
-        kept = sum(file.stat().st_size for file in (folder / "features").glob("*/*.safetensors"))
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as name:
+            measure(config, experts, size or None, Path(name))
+
+
+def measure(config: SearchConfig, experts: Sequence[str], size: int | None, folder: Path) -> None:
+    """Train the trial three times below `folder`, and print what each took."""
+    warm = job_of(config, experts[:1], size, 0, folder, "warm")  # imports, and pictures that are drawn
+    run_job(replace(warm, schedule=short(warm.schedule)))
+    store = (str(folder / "features"), 4.0)
+    first, first_result = timed(replace(job_of(config, experts, size, 0, folder, "first"), features=store))
+    stored = replace(job_of(config, experts, size, 1, folder, "second"), features=store)
+    second, second_result = timed(stored)
+    bare = job_of(config, experts, size, 1, folder, "without")
+    schedule = bare.schedule
+    stages = [{**stage, "cache_features": False} for stage in schedule["stages"]]
+    bare = replace(bare, schedule={**schedule, "stages": stages})
+    without, bare_result = timed(bare)
+    same = losses(stored) == losses(bare) and second_result.right == bare_result.right
+    kept = sum(file.stat().st_size for file in (folder / "features").glob("*/*.safetensors"))
+    flops = {part.part: part.flops for part in cost(ModelConfig.model_validate(schedule["model"])).parts}
+    share = sum(flops[f"experts.{name}"] for name in experts) / flops["language_model"]
     shown = "their own sizes" if size is None else f"{size} pixels"
-    print(f"{' + '.join(experts)} at {shown}, {arguments.threads} threads; {kept / 1e6:.0f} MB in the store")
+    print(
+        f"{' + '.join(experts)} at {shown}, {torch.get_num_threads()} threads: "
+        f"{share:.1f} times the language model's FLOPs; {kept / 1e6:.0f} MB in the store"
+    )
     for title, seconds, result in (
         ("without", without, bare_result), ("first", first, first_result), ("second", second, second_result),
     ):  # fmt: skip
         parts = ", ".join(f"{part} {value:.1f} s" for part, value in result.seconds.items())
         print(f"{title}: {seconds:.1f} s ({parts}), {seconds / without:.0%} of without")
-    print(f"losses and answers of seed 1 with the store and without: {'the same bitwise' if same else 'NOT the same'}")
+    verdict = "the same bitwise" if same else "NOT the same"
+    print(f"losses and answers of seed 1 with the store and without: {verdict}\n")
 
 
 def short(schedule: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def check(seen: dict[str, Any]) -> None:
     assert seen["batch"] == seen["singles"] == seen["uncached"]
     assert seen["static"] == seen["singles"][:2]
     assert len({tuple(answer) for answer in seen["singles"]}) == 3  # answers that would differ if rows were mixed up
+    assert seen["beams"] == seen["single_beams"]
     assert seen["beam_scores"] == pytest.approx(seen["rescored"], abs=1e-4)
     assert sorted(seen["beam_scores"], reverse=True) == seen["beam_scores"]
     first, second = seen["drawn"]

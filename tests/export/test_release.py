@@ -1,6 +1,7 @@
 """What an export says of itself, where it is pushed to, and what it refuses to hold."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from rich.console import Console
 from moe_vision.config import import_plugin
 from moe_vision.export import ExportError, FlattenError, export, hf
 from moe_vision.export.card import training_of
+from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.compose import save
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
@@ -95,6 +97,19 @@ def test_push_uploads_the_whole_folder_once(tiny: Exported, tmp_path: Path, monk
     (made, options), (repository, uploaded) = hub.asked
     assert made == repository == "me/model" and options == {"private": True, "exist_ok": True}
     assert uploaded["files"] == sorted(report.files) and uploaded["delete_patterns"] == ["*"]
+
+
+def test_a_folder_with_a_pickle_is_refused(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = MoeVisionProcessor.save_pretrained
+
+    def with_pickle(self: MoeVisionProcessor, folder: Path, *args: Any, **kwargs: Any) -> Any:
+        (Path(folder) / "tokens.pkl").write_bytes(pickle.dumps("anything"))
+        return plain(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(MoeVisionProcessor, "save_pretrained", with_pickle)
+    with pytest.raises(ExportError, match=r"would hold pickles, \['tokens.pkl'\]"):
+        export(tiny.source, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("proven")

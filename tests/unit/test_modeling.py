@@ -105,6 +105,15 @@ def test_loss_is_the_mean_over_labels(tiny: tuple) -> None:
     torch.testing.assert_close(out.loss, -logs.gather(1, labels[0, -2:, None]).mean())
 
 
+def test_image_tokens_in_labels_are_not_learnt(tiny: tuple) -> None:
+    model, processor = tiny
+    batch = inputs(processor, [prompt(processor, "<image>read label")], [picture(0)])
+    prompt_itself = batch["input_ids"]  # as TRL gives it
+    without = prompt_itself.masked_fill(prompt_itself == model.config.image_token_id, -100)
+    assert torch.equal(model(**batch, labels=prompt_itself).loss, model(**batch, labels=without).loss)
+    assert (without == -100).sum() == 4
+
+
 def test_save_and_load_round_trip(tiny: tuple, tmp_path: Path) -> None:
     model, processor = tiny
     model.save_pretrained(tmp_path)

@@ -93,6 +93,8 @@ def test_a_batch_equals_its_prompts_one_by_one(selector: dict[str, Any]) -> None
         together = model.generate(**batch, **settings, num_beams=beams)[:, -4:]
         alone_ids = [model.generate(**part, **settings, num_beams=beams)[0, -4:] for part in parts]
         assert together.tolist() == [ids.tolist() for ids in alone_ids]
+    several = model.generate(**batch, **settings, num_beams=2, num_return_sequences=2)
+    assert torch.equal(several[:, :-4], batch["input_ids"].repeat_interleave(2, dim=0))
 
 
 @torch.no_grad()

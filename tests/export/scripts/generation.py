@@ -70,6 +70,9 @@ def main(folder: str) -> None:
         "singles": singles, "batch": batch, "swapped": swapped[0],
         "uncached": answers(model, processor, texts, images, use_cache=False),
         "static": answers(model, processor, texts[:2], images[:2], cache_implementation="static"),
+        "beams": answers(model, processor, texts, images, num_beams=3),
+        "single_beams": [answers(model, processor, [text], [own], num_beams=3)[0]
+                         for text, own in zip(texts, images, strict=True)],
         "beam_scores": beams.sequences_scores.tolist(), "rescored": rescored,
         "drawn": drawn, "streamed": "".join(streamer),
         "decoded": processor.tokenizer.decode(singles[0], skip_special_tokens=True),

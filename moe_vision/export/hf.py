@@ -116,10 +116,12 @@ def export(
 def verify(folder: Path | str) -> dict[str, Any]:
     """Prove a folder that was exported, or saved by `save_pretrained`, as an export proves itself.
 
-    Returns {max_difference, new_tokens, model_class}. Raises ValueError where its weights are not those of its config,
-    ExportError where it fails in a process without moe_vision.
+    folder: or a run's output that has one. Returns {max_difference, new_tokens, model_class}.
+    Raises ValueError where its weights are not those of its config, ExportError where it fails in a process without
+    moe_vision.
     """
-    return run_selftest(Path(folder), *load(folder))
+    folder = model_folder(Path(folder))
+    return run_selftest(folder, *load(folder))
 
 
 def check_push(repository: str) -> None:

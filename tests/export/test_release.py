@@ -191,6 +191,8 @@ def test_verify_on_the_command_line(
 ) -> None:
     code, out, _ = run(monkeypatch, capsys, "verify", tiny.folder, "--json")
     assert code == 0 and json.loads(out)["max_difference"] == 0
+    code, out, err = run(monkeypatch, capsys, "verify", tiny.source.parent)  # as a run's output holds its model
+    assert code == 0 and "loads without moe_vision" in out, err
     broken = shutil.copytree(tiny.folder, tmp_path / "broken")
     code_file = broken / "modeling_moe_vision.py"
     code_file.write_text(code_file.read_text().replace("self.lm_head(", "2 * self.lm_head("))

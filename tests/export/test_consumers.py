@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import socket
 import subprocess
 import time
@@ -28,7 +29,8 @@ def test_pipelines_say_what_generate_says(exported: Exported, tmp_path: Path) ->
         assert answer == expected != "", form
     assert len(set(report["expected"].values())) == 5  # or else a picture more or less would go unseen
     assert report["half_dtype"] == "torch.bfloat16"
-    assert "number of <image> tokens" in report["refusal"]
+    # Of the pipeline itself, or, on older versions, of the model.
+    assert re.search("number of <image> tokens|0 image placeholders .* the images give", report["refusal"])
 
     conversation = report["conversation"]
     assert {"input_ids", "attention_mask", "pixel_values"} <= set(conversation["names"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -193,6 +194,9 @@ def test_oryx_native() -> None:
             assert video.num_tokens == 2 + 3 * expected["tokens_per_frame"], (size, name)
 
 
+@pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13, reason="the hashes are of Pillow 13, which rounds otherwise"
+)
 def test_internvl_pixels() -> None:
     values = read("internvl_tiles")["pixel_hashes"]
     assert len(values["cases"]) == 4

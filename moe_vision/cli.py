@@ -41,7 +41,8 @@ app.add_typer(import_app, name="import")
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE ...", help="Overrides, as [bold]experts.clip.layer=-2[/bold]; "
-                   "[bold]experts.sam=null[/bold] takes an expert out."),
+                   "[bold]experts.sam=null[/bold] takes an expert out; of the model that a config of "
+                   "training, comparison or search names, [bold]model.experts.sam=null[/bold]."),
 ]  # fmt: skip
 ImportOutput = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; by default SOURCE's name and -moe-vision, here.")

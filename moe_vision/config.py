@@ -224,7 +224,8 @@ def _replaced(node: Any, walked: tuple[str, ...], keys: tuple[str, ...], value: 
     below = dict(node or {})
     removes = not rest and value is None
     if walked in EXPERT_PLACES and key not in below and (rest or removes):
-        cure = suggest(key, list(below))
+        # A config of training names its experts in its model, if not in another file.
+        cure = suggest(key, list(below)) if below else f"of the model that a config names, write model.{here}=…"
         raise ConfigError("command line", [Problem(here, key, "no such expert in this config", cure)])
     if walked in EXPERT_PLACES and removes:
         del below[key]

@@ -1,6 +1,7 @@
 """The model card of an exported folder: what it is made of, how well it does, how to load it."""
 
 import json
+import numbers
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -187,11 +188,10 @@ def results_table(metrics: Mapping[str, Any]) -> str:
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and printed values of the numbers and strings in nested mappings."""
+    """Dotted names and printed values in nested mappings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{name}", f"{value:.4g}"
-        elif isinstance(value, (int, str)):
-            yield f"{prefix}{name}", str(value)
+        else:
+            printed = f"{value:.4g}" if isinstance(value, numbers.Real) and not isinstance(value, int) else str(value)
+            yield f"{prefix}{name}", printed.replace("|", "\\|")

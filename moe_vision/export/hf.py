@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,9 @@ from moe_vision.registry import suggest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a logit: code and weights are the same, only sums over threads may differ."""
+
+SUFFIXES = {".json", ".jinja", ".md", ".py", ".safetensors", ".model", ".txt"}
+"""Of an export's files: a folder with others is somebody's, and not overwritten."""
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -82,6 +86,9 @@ def export(
     source, destination = Path(source), Path(destination)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype '{dtype}': {suggest(dtype, list(DTYPES))}")
+    check_shard_size(max_shard_size)
+    if private and push is None:
+        raise ValueError("private is of the repository that `push` makes: name one, or leave it out")
     if push is not None:
         check_push(push)
     source = model_folder(source)
@@ -124,6 +131,13 @@ def verify(folder: Path | str) -> dict[str, Any]:
     return run_selftest(folder, *load(folder))
 
 
+def check_shard_size(text: str) -> None:
+    """Raises ValueError where it is no size as huggingface_hub reads it."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *[KMGT]B", text.upper())
+    if found is None or not float(found[1]):
+        raise ValueError(f"max_shard_size '{text}' is no size: give one such as 5GB or 200MB")
+
+
 def check_push(repository: str) -> None:
     """Raises ValueError where the name is none, ExportError where nobody is logged in: before any work is done."""
     validate_repo_id(repository)
@@ -154,15 +168,21 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     here, there = source.resolve(), destination.resolve()
     if here == there or there in here.parents:
         raise ExportError(f"the destination '{destination}' holds the source '{source}': choose another folder")
+    if here in there.parents:
+        raise ExportError(f"the destination '{destination}' lies in the source '{source}': choose another folder")
+    if destination.is_symlink():
+        raise ExportError(f"the destination '{destination}' is a link: give '{there}', to which it leads")
     if destination.exists() and not destination.is_dir():
         raise ExportError(f"the destination '{destination}' is a file: choose another name")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if not overwrite:
         raise ExportError(f"the destination '{destination}' is not empty: choose another folder, or overwrite it")
-    if not (destination / "config.json").is_file():
+    foreign = [path.name for path in destination.iterdir() if path.is_dir() or path.suffix not in SUFFIXES]
+    if foreign or not (destination / f"{MODULE_NAME}.py").is_file():
+        because = f", it holds {sorted(foreign)[:4]}" if foreign else ""
         raise ExportError(
-            f"the destination '{destination}' is no model folder and will not be overwritten: choose another"
+            f"the destination '{destination}' is no export{because} and will not be overwritten: choose another"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_vision.experts.weights import load_expert_weights, located
@@ -174,10 +175,15 @@ def load(
     """
     folder = model_folder(Path(folder))
     if not (folder / "config.json").is_file():
-        raise ValueError(f"'{folder}' is no model folder: it has no config.json; give a run's output or an export")
-    loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype or "auto", output_loading_info=True
-    )
+        raise ValueError(
+            f"'{folder}' is no model folder: it has no config.json; give the output of an ended run, or an export"
+        )
+    try:
+        loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in '{folder}' cannot be read ({error}): copy them again") from error
     model, info = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
     if wrong:

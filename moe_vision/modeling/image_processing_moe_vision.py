@@ -66,9 +66,10 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
     def _preprocess(  # type: ignore[override]
         self, images, do_rescale, rescale_factor, slicing, images_per_prompt, return_tensors, **kwargs
     ):  # fmt: skip
-        """[3, H, W] in 0..255 each → pixel_values [V, 3, H, W] in [0, 1], views in the plans' order, smaller ones with
-        zeros to their right and below; image_sizes [V, 3]: of each view's image height, width, images in the prompt.
+        """[3, H, W] each → pixel_values [V, 3, H, W] in [0, 1], views in the plans' order, smaller ones with zeros to
+        their right and below; image_sizes [V, 3]: of each view's image height, width, images in the prompt.
 
+        Pictures are in 0..255, or in 0..1 where `do_rescale` is false.
         vLLM cuts every tensor here into images by their numbers of views, so each has a row for every view.
         """
         given = [name for name in ("size", "crop_size", "pad_size", "do_resize", "do_pad", "do_center_crop", "resample")
@@ -80,9 +81,10 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
         views, sizes, tokens = [], [], []
         for image, count in zip(images, counts, strict=True):
             plan = policy.plan((image.shape[-2], image.shape[-1]), count)
-            for view in render(image, plan.views):
+            bytes_like = image if do_rescale else image.float() / rescale_factor  # as `slicing` has its colours
+            for view in render(bytes_like, plan.views):
                 # Bicubic overshoots on float images; views are promised in [0, 1].
-                views.append(self.rescale(view, rescale_factor).clamp(0, 1) if do_rescale else view)
+                views.append(self.rescale(view, rescale_factor).clamp(0, 1))
             sizes += [[*plan.size, count]] * len(plan.views)
             tokens.append(plan.num_tokens)
         data = {"pixel_values": join_views(views), "image_sizes": torch.tensor(sizes), "num_image_tokens": tokens}

@@ -95,6 +95,7 @@ class LanguageModelConfig(Config):
         else:
             assert self.pretrained is not None
             config = AutoConfig.from_pretrained(located(self.pretrained)).get_text_config()
+            config._name_or_path = ""  # a path would tell about the machine wherever the model is published
         scaled = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
         if scaled:
             raise ValueError(f"language model '{self.pretrained or config.model_type}' changes its logits by {scaled}, "

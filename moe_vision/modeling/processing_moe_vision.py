@@ -28,6 +28,7 @@ class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
         if images is not None and text is not None:
             texts = [text] if isinstance(text, str) else text
             counts = [prompt.count(self.image_token) for prompt in texts]
+            check_images(images, counts)
             given = {**kwargs.get("images_kwargs", {}), "images_per_prompt": [n for n in counts for _ in range(n)]}
             kwargs = {**kwargs, "images_kwargs": given}
         return super().__call__(images=images, text=text, videos=videos or None, audio=audio or None, **kwargs)
@@ -54,6 +55,14 @@ class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[plan.num_tokens for plan in plans], num_image_patches=[len(plan.views) for plan in plans]
         )
+
+
+def check_images(images: Any, counts: list[int]) -> None:
+    """Raises ValueError where images are listed by prompt, and a prompt marks another number than it has."""
+    if isinstance(images, (list, tuple)) and len(images) == len(counts) and isinstance(images[0], (list, tuple)):
+        for index, (own, count) in enumerate(zip(images, counts, strict=True)):
+            if isinstance(own, (list, tuple)) and len(own) != count:
+                raise ValueError(f"prompt {index} marks {count} images and has {len(own)}: give each prompt its own")
 
 
 def any_image(images: Any) -> bool:

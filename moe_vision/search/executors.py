@@ -20,6 +20,7 @@ from moe_vision.search.config import LocalExecutor, RayExecutor
 from moe_vision.search.jobs import Job, Result, end_with, run_job
 from moe_vision.search.methods import SearchError
 from moe_vision.training.checkpoints import WriteError
+from moe_vision.training.output import OutputError
 
 ATTEMPTS = 3
 """How often a job may take its process with it before it counts as failed."""
@@ -50,13 +51,17 @@ def executor_of(config: LocalExecutor | RayExecutor) -> Executor:
 
 
 def attempt(job: Job) -> Result | str:
-    """The result of a job, or its error as text. Raises WriteError and OSError where there is no room to write: that is
-    no fault of the job."""
+    """The result of a job, or its error as text. Raises WriteError and OSError where there is no room to write, and
+    SearchError where the job's folder is another's: that is no fault of the job."""
     try:
         return run_job(job)
     except Exception as error:
         if isinstance(error, WriteError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
             raise
+        if isinstance(error, OutputError):
+            raise SearchError(
+                f"{error}. Was this search's output moved or copied? Its trials name its place: put it back"
+            ) from error
         where = traceback.format_exc(limit=-3)
         return f"{type(error).__name__}: {error}\n{where}"
 

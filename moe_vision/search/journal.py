@@ -47,8 +47,13 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
-        self.connection.execute("PRAGMA synchronous = FULL")
-        found = self.connection.execute("PRAGMA user_version").fetchone()[0]
+        try:
+            self.connection.execute("PRAGMA synchronous = FULL")
+            found = self.connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise SearchError(
+                f"journal '{path}' cannot be read ({error}): restore it, or remove it; finished trials are asked again"
+            ) from error
         if found not in (0, FORMAT):
             raise SearchError(
                 f"journal '{path}' has format {found}, this version reads {FORMAT}: choose another output"

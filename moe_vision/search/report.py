@@ -185,8 +185,10 @@ def report(summary: Mapping[str, Any]) -> str:
         "## By task", "",
         *markdown_table(
             ["task", "weight", "validation", "test"],
-            [[task, f"{weights[task]:.3f}", plus_minus(values), plus_minus(best["test"]["by_task"][task])]
-             for task, values in best["validation"]["by_task"].items()],
+            [[task, f"{weights[task]:.3f}" if task in weights else "", *(
+                plus_minus(best[split]["by_task"][task]) if task in best[split]["by_task"] else "none asked"
+                for split in ("validation", "test")
+             )] for task in {**best["validation"]["by_task"], **best["test"]["by_task"]}],
         ), "",
         *set_lines(summary), *proxy_lines(summary), *READING,
     ]  # fmt: skip

@@ -93,7 +93,7 @@ def test_destination_is_kept_unless_told(run: Path, tmp_path: Path) -> None:
     precious.write_text("mine")
     with pytest.raises(ExportError, match="not empty"):
         export(run, tmp_path)
-    with pytest.raises(ExportError, match="no model folder"):
+    with pytest.raises(ExportError, match="is no export"):
         export(run, tmp_path, overwrite=True)
     with pytest.raises(ExportError, match="holds the source"):
         export(run, run / "model", overwrite=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
 from moe_vision.config import import_plugin
 from moe_vision.export import ExportError, FlattenError, export, hf
-from moe_vision.export.card import training_of
+from moe_vision.export.card import leaves, training_of
 from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.compose import save
 from moe_vision.training.runner import train
@@ -97,6 +98,47 @@ def test_push_uploads_the_whole_folder_once(tiny: Exported, tmp_path: Path, monk
     (made, options), (repository, uploaded) = hub.asked
     assert made == repository == "me/model" and options == {"private": True, "exist_ok": True}
     assert uploaded["files"] == sorted(report.files) and uploaded["delete_patterns"] == ["*"]
+
+
+def test_overwriting_takes_only_what_an_export_wrote(tiny: Exported, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    (project / "src" / "thesis.txt").write_text("precious")
+    with pytest.raises(ExportError, match=r"is no export, it holds \['src'\]"):
+        export(tiny.source, project, overwrite=True)
+    with pytest.raises(ExportError, match="lies in the source"):
+        export(tiny.source, tiny.source / "export")
+    (tmp_path / "link").symlink_to(tiny.folder)
+    with pytest.raises(ExportError, match="is a link: give"):
+        export(tiny.source, tmp_path / "link", overwrite=True)
+    assert (project / "src" / "thesis.txt").read_text() == "precious" and not (tiny.source / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_shard_size": size}, f"max_shard_size '{size}' is no size")
+        for size in ("-5GB", "0GB", "banana", "5", ".GB")
+    ]
+    + [({"private": True}, "private is of the repository")],
+)
+def test_options_that_say_nothing_are_refused(
+    tiny: Exported, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        export(tiny.source, tmp_path / "folder", **options)
+
+
+def test_a_card_holds_every_number(tiny: Exported) -> None:
+    metrics = {"a": np.float32(0.5), "b": {"c": "x|y", "e": None}}
+    assert list(leaves(metrics)) == [("a", "0.5"), ("b.c", r"x\|y"), ("b.e", "None")]
+
+
+def test_an_export_names_no_folder_of_this_machine(micro: Exported) -> None:
+    for file in micro.folder.iterdir():
+        if file.suffix != ".safetensors":
+            assert "/language_model" not in file.read_text(), file
 
 
 def test_a_folder_with_a_pickle_is_refused(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

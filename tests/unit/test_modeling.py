@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from moe_vision.config import load_config, validate
 from moe_vision.data.chat import message, render
 from moe_vision.data.records import Turn, load_records
 from moe_vision.evaluation import answer, evaluate
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.modeling.compose import load
+from moe_vision.modeling.compose import load, save
 from moe_vision.modeling.cost import cost, count
 from moe_vision.modeling.model_config import ModelConfig
 from tests.sliced import pictures
@@ -180,3 +181,35 @@ def test_logits_do_not_depend_on_how_files_are_cut(tmp_path: Path) -> None:
             again = type(model).from_pretrained(tmp_path / size).eval()
             assert torch.equal(again(**inputs).logits, expected)
             assert not [name for name, value in again.named_parameters() if value.data_ptr() % 64]
+
+
+def test_weights_that_are_cut_or_of_another_shape_are_named(tmp_path: Path) -> None:
+    model, processor = tiny_model(("clip",))
+    save(model, processor, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot be read .*: copy them again"):
+        load(tmp_path / "model")
+    file.write_bytes(whole)
+    state = load_file(file)
+    name = next(key for key in state if key.endswith("embed_tokens.weight"))
+    save_file({**state, name: state[name][:-1].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"belong to another composition .*mismatched"):
+        load(tmp_path / "model")
+
+
+def test_pictures_in_0_to_1_are_told_by_do_rescale(tiny: tuple) -> None:
+    _, processor = tiny
+    picture_ = torch.randint(0, 256, (3, 90, 200), dtype=torch.uint8)
+    expected = processor.image_processor([picture_], return_tensors="pt")["pixel_values"]
+    found = processor.image_processor([picture_ / 255], do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert found.max() <= 1
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)  # bytes and floats are resized apart
+
+
+def test_images_listed_by_prompt_are_counted_by_prompt(tiny: tuple) -> None:
+    _, processor = tiny
+    images = [[picture(0), picture(1)], [picture(2)]]
+    with pytest.raises(ValueError, match="prompt 0 marks 1 images and has 2"):
+        processor(images=images, text=["<image> x", "<image><image> y"], padding=True, return_tensors="pt")

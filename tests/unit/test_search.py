@@ -494,6 +494,37 @@ def test_a_weight_of_no_task_is_refused_before_any_trial(tmp_path: Path) -> None
         search(search_config(tmp_path, task_weights={"ocr": 2.0}), tmp_path / "out", console=QUIET)
 
 
+def test_splits_with_other_tasks_are_reported_side_by_side(tmp_path: Path) -> None:
+    values = search_values(tmp_path, pool=["clip"], seeds=1)
+    asked = Path(values["test"]["path"])
+    records = [record for record in json.loads(asked.read_text()) if record["task"] == "dark"]
+    records[0]["task"] = "rare"
+    asked.write_text(json.dumps(records))
+    search(validate(SearchConfig, values, source="toy"), tmp_path / "out", console=QUIET)
+    rows = [line for line in (tmp_path / "out/report.md").read_text().splitlines() if line.startswith("| ")]
+    by_task = {row.split(" | ")[0].removeprefix("| "): row for row in rows if "none asked" in row}
+    assert set(by_task) == {"colour", "rare"}
+    assert by_task["colour"].endswith("| none asked |") and by_task["rare"].startswith("| rare |  | none asked |")
+
+
+def test_an_output_that_was_moved_is_no_fault_of_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def belongs_elsewhere(job: Job) -> Result:
+        raise OutputError(f"output '{job.folder}' exists and belongs to another config")
+
+    monkeypatch.setattr(executors, "run_job", belongs_elsewhere)
+    with pytest.raises(SearchError, match=r"belongs to another config.*moved or copied\? .* put it back"):
+        search(search_config(tmp_path, pool=["clip"], seeds=1), tmp_path / "out", console=QUIET)
+    assert {row["status"] for row in journal(tmp_path / "out")} <= {"queued", "running"}
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    config = search_config(tmp_path, pool=["clip"], seeds=1)
+    search(config, tmp_path / "out", console=QUIET)
+    (tmp_path / "out/search.db").write_text("garbage" * 100)
+    with pytest.raises(SearchError, match=r"search.db' cannot be read \(file is not a database\): restore it"):
+        search(config, tmp_path / "out", console=QUIET)
+
+
 def test_stages_of_a_set_know_no_other_experts(tmp_path: Path) -> None:
     values = search_values(tmp_path)
     values["stages"][0] |= {

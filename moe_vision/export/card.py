@@ -193,5 +193,6 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")
         else:
-            printed = f"{value:.4g}" if isinstance(value, numbers.Real) and not isinstance(value, int) else str(value)
+            fraction = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+            printed = f"{value:.4g}" if fraction else str(value)
             yield f"{prefix}{name}", printed.replace("|", "\\|")

@@ -123,7 +123,7 @@ def export(
 def verify(folder: Path | str) -> dict[str, Any]:
     """Prove a folder that was exported, or saved by `save_pretrained`, as an export proves itself.
 
-    folder: or a run's output that has one. Returns {max_difference, new_tokens, model_class}.
+    folder: a model folder, or a run's output that has one. Returns {max_difference, new_tokens, model_class}.
     Raises ValueError where its weights are not those of its config, ExportError where it fails in a process without
     moe_vision.
     """

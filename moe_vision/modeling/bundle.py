@@ -45,13 +45,13 @@ def write_bundle(saved: MoeVisionConfig | MoeVisionImageProcessor | MoeVisionPro
         images: Any = saved.image_processor if isinstance(saved, MoeVisionProcessor) else saved
         parts.append(images)
         modules, auto_map = [SLICING[images.slicing["type"]].__module__], PROCESSORS
-    try:
-        text = flattened(tuple(modules))
-    except FlattenError as error:
-        logger.warning("'%s' is not written, its folder needs moe_vision to be loaded: %s", file, error)
-        return
-    for part in parts:
-        part.auto_map = dict(auto_map)
     if isinstance(saved, MoeVisionConfig) or not file.is_file():
+        try:
+            text = flattened(tuple(modules))
+        except FlattenError as error:
+            logger.warning("'%s' is not written, its folder needs moe_vision to be loaded: %s", file, error)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
+    for part in parts:
+        part.auto_map = dict(auto_map)

@@ -42,7 +42,7 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
-    check_language_model(model, language.pretrained or "architecture")
+    check_language_model(model, language.pretrained or model.config.text_config.model_type)
     for name, expert in config.experts.items():
         if expert.pretrained is not None:
             load_expert_weights(model.model.vision_tower.experts[name], expert.pretrained)
@@ -106,15 +106,15 @@ def question_turns(config: ModelConfig, tokenizer: Any) -> Turns | None:
 def check_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
     """Raises ValueError where no visual token could stand among a language model's own, or where it keeps no cache."""
     language: Any = model.model.language_model
-    name = f"language model '{source}' ({model.config.text_config.model_type})"
+    cure = "choose another language model"
     embedded, hidden_size = language.get_input_embeddings().weight.shape[1], model.config.text_config.hidden_size
     if embedded != hidden_size:
         raise ValueError(
-            f"{name} embeds its tokens in {embedded} values and widens them to {hidden_size} inside, where "
-            "visual tokens cannot come in: choose another language model"
+            f"language model '{source}' embeds its tokens in {embedded} values and widens them to {hidden_size} "
+            f"inside, where visual tokens cannot come in: {cure}"
         )
     if "past_key_values" not in inspect.signature(language.forward).parameters:
-        raise ValueError(f"{name} keeps a state and no keys and values of past tokens: choose another language model")
+        raise ValueError(f"language model '{source}' keeps a state and no keys and values of past tokens: {cure}")
 
 
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:

@@ -81,8 +81,8 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
         views, sizes, tokens = [], [], []
         for image, count in zip(images, counts, strict=True):
             plan = policy.plan((image.shape[-2], image.shape[-1]), count)
-            bytes_like = image if do_rescale else image.float() / rescale_factor  # as `slicing` has its colours
-            for view in render(bytes_like, plan.views):
+            picture = image if do_rescale else image.float() / rescale_factor  # colours to pad with are in 0..255
+            for view in render(picture, plan.views):
                 # Bicubic overshoots on float images; views are promised in [0, 1].
                 views.append(self.rescale(view, rescale_factor).clamp(0, 1))
             sizes += [[*plan.size, count]] * len(plan.views)

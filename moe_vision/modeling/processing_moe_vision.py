@@ -59,10 +59,11 @@ class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
 
 def check_images(images: Any, counts: list[int]) -> None:
     """Raises ValueError where images are listed by prompt, and a prompt marks another number than it has."""
-    if isinstance(images, (list, tuple)) and len(images) == len(counts) and isinstance(images[0], (list, tuple)):
-        for index, (own, count) in enumerate(zip(images, counts, strict=True)):
-            if isinstance(own, (list, tuple)) and len(own) != count:
-                raise ValueError(f"prompt {index} marks {count} images and has {len(own)}: give each prompt its own")
+    if not isinstance(images, (list, tuple)) or len(images) != len(counts):
+        return
+    for index, (own, count) in enumerate(zip(images, counts, strict=True)):
+        if isinstance(own, (list, tuple)) and len(own) != count:
+            raise ValueError(f"prompt {index} marks {count} images and has {len(own)}: give each prompt its own")
 
 
 def any_image(images: Any) -> bool:

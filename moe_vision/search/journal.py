@@ -51,6 +51,7 @@ class Journal:
             self.connection.execute("PRAGMA synchronous = FULL")
             found = self.connection.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
+            self.close()
             raise SearchError(
                 f"journal '{path}' cannot be read ({error}): restore it, or remove it; finished trials are asked again"
             ) from error

@@ -185,14 +185,18 @@ def report(summary: Mapping[str, Any]) -> str:
         "## By task", "",
         *markdown_table(
             ["task", "weight", "validation", "test"],
-            [[task, f"{weights[task]:.3f}" if task in weights else "", *(
-                plus_minus(best[split]["by_task"][task]) if task in best[split]["by_task"] else "none asked"
-                for split in ("validation", "test")
-             )] for task in {**best["validation"]["by_task"], **best["test"]["by_task"]}],
+            [task_row(task, best, weights) for task in {**best["validation"]["by_task"], **best["test"]["by_task"]}],
         ), "",
         *set_lines(summary), *proxy_lines(summary), *READING,
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def task_row(task: str, best: Mapping[str, Any], weights: Mapping[str, float]) -> list[str]:
+    """A task's weight, if the validation split has it, and its score in each split that does."""
+    scores = [best[split]["by_task"].get(task) for split in ("validation", "test")]
+    shown = ["none asked" if score is None else plus_minus(score) for score in scores]
+    return [task, f"{weights[task]:.3f}" if task in weights else "", *shown]
 
 
 READING = [

@@ -131,8 +131,8 @@ def test_options_that_say_nothing_are_refused(
 
 
 def test_a_card_holds_every_number(tiny: Exported) -> None:
-    metrics = {"a": np.float32(0.5), "b": {"c": "x|y", "e": None}}
-    assert list(leaves(metrics)) == [("a", "0.5"), ("b.c", r"x\|y"), ("b.e", "None")]
+    metrics = {"a": np.float32(0.5), "b": {"c": "x|y", "e": None}, "n": np.int64(12345)}
+    assert list(leaves(metrics)) == [("a", "0.5"), ("b.c", r"x\|y"), ("b.e", "None"), ("n", "12345")]
 
 
 def test_an_export_names_no_folder_of_this_machine(micro: Exported) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -201,11 +202,11 @@ def test_weights_that_are_cut_or_of_another_shape_are_named(tmp_path: Path) -> N
 
 def test_pictures_in_0_to_1_are_told_by_do_rescale(tiny: tuple) -> None:
     _, processor = tiny
-    picture_ = torch.randint(0, 256, (3, 90, 200), dtype=torch.uint8)
-    expected = processor.image_processor([picture_], return_tensors="pt")["pixel_values"]
-    found = processor.image_processor([picture_ / 255], do_rescale=False, return_tensors="pt")["pixel_values"]
-    assert found.max() <= 1
-    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)  # bytes and floats are resized apart
+    levels = torch.from_numpy(np.array(picture(0, 90, 200))).permute(2, 0, 1).float()
+    expected = processor.image_processor([levels], return_tensors="pt")["pixel_values"]
+    found = processor.image_processor([levels / 255], do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert 0.9 < found.max() <= 1
 
 
 def test_images_listed_by_prompt_are_counted_by_prompt(tiny: tuple) -> None:

@@ -1,14 +1,18 @@
 """A search over three miniature experts with random weights, small enough that a trial takes a second."""
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from moe_vision.config import validate
 from moe_vision.search import SearchConfig
 from tests.unit.toy import model_values, write_data
 
 EXPERTS = ("clip", "sam", "eva02")
+QUIET = Console(quiet=True)
 
 
 def write_asked(folder: Path, count: int) -> Path:
@@ -41,3 +45,17 @@ def search_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def search_config(folder: Path, **changes: Any) -> SearchConfig:
     return validate(SearchConfig, search_values(folder, **changes), source="toy search")
+
+
+def journal(output: Path) -> list[dict[str, Any]]:
+    connection = sqlite3.connect(output / "search.db")
+    connection.row_factory = sqlite3.Row
+    rows = [dict(row) for row in connection.execute("SELECT * FROM jobs ORDER BY started")]
+    connection.close()
+    return rows
+
+
+def reported(output: Path) -> dict[str, bytes]:
+    """What a search says, by file."""
+    files = ["report.md", "results.json", "best.yaml", *(f"pictures/{p.name}" for p in output.glob("pictures/*"))]
+    return {name: (output / name).read_bytes() for name in files}

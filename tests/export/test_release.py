@@ -107,6 +107,10 @@ def test_overwriting_takes_only_what_an_export_wrote(tiny: Exported, tmp_path: P
     (project / "src" / "thesis.txt").write_text("precious")
     with pytest.raises(ExportError, match=r"is no export, it holds \['src'\]"):
         export(tiny.source, project, overwrite=True)
+    clone = shutil.copytree(tiny.folder, tmp_path / "clone")
+    (clone / ".git").mkdir()
+    with pytest.raises(ExportError, match=r"is no export, it holds \['.git'\]"):
+        export(tiny.source, clone, overwrite=True)
     with pytest.raises(ExportError, match="lies in the source"):
         export(tiny.source, tiny.source / "export")
     (tmp_path / "link").symlink_to(tiny.folder)
@@ -131,8 +135,8 @@ def test_options_that_say_nothing_are_refused(
 
 
 def test_a_card_holds_every_number(tiny: Exported) -> None:
-    metrics = {"a": np.float32(0.5), "b": {"c": "x|y", "e": None}, "n": np.int64(12345)}
-    assert list(leaves(metrics)) == [("a", "0.5"), ("b.c", r"x\|y"), ("b.e", "None"), ("n", "12345")]
+    metrics = {"a": np.float32(1 / 3), "b": {"c": "x|y", "e": None}, "n": np.int64(12345)}
+    assert list(leaves(metrics)) == [("a", "0.3333"), ("b.c", r"x\|y"), ("b.e", "None"), ("n", "12345")]
 
 
 def test_an_export_names_no_folder_of_this_machine(micro: Exported) -> None:

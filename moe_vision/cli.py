@@ -378,12 +378,11 @@ def evaluate_command(
 ) -> None:
     """Answer every question of a file and print the share of exact matches, per task."""
     from moe_vision.data.records import load_records
-    from moe_vision.evaluation import evaluate
-    from moe_vision.modeling.compose import load
+    from moe_vision.evaluation import evaluate, load_on_accelerator
     from moe_vision.viz.tables import accuracy_table
 
     records = load_records(data, image_root)
-    report = evaluate(*load(model), records, batch_size, max_new_tokens)
+    report = evaluate(*load_on_accelerator(model), records, batch_size, max_new_tokens)
     if predictions is not None:
         predictions.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
     if as_json:
@@ -404,13 +403,12 @@ def generate(
 ) -> None:
     """Ask one question about pictures on disk."""
     from moe_vision.data.records import load_image
-    from moe_vision.evaluation import answer
-    from moe_vision.modeling.compose import load
+    from moe_vision.evaluation import answer, load_on_accelerator
 
     images = image or []
     for path in images:
         load_image(path)
-    text = answer(*load(model), question, images, max_new_tokens)
+    text = answer(*load_on_accelerator(model), question, images, max_new_tokens)
     if as_json:
         print_json({"question": question, "images": [str(path) for path in images], "answer": text})
     else:

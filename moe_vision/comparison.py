@@ -20,9 +20,8 @@ from rich.console import Console
 
 from moe_vision.config import Config, ConfigError, Problem, merge, validate
 from moe_vision.data.records import Record
-from moe_vision.evaluation import evaluate, generate, over_seeds
+from moe_vision.evaluation import evaluate, generate, load_on_accelerator, over_seeds
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
-from moe_vision.modeling.compose import load
 from moe_vision.modeling.cost import CostTable, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import MIXERS, suggest
@@ -265,7 +264,7 @@ def run(
         stages.append(stage.model_copy(update={"data": on_disk(stage.data, output / "data", config.seed)}))
     schedule = TrainConfig(model=contender.model.to_plain(), stages=stages, seed=seed)
     folder = output / "runs" / f"{contender.name}-seed-{seed}"
-    model, processor = load(train(schedule, folder, console=console, cache=cache))
+    model, processor = load_on_accelerator(train(schedule, folder, console=console, cache=cache))
     scores = evaluate(model, processor, test)
     console.print(f"{contender.name}: {scores.average:.3f} of the test questions right", highlight=False)
     steps, images_per_second = training_speed(folder, schedule, images)

@@ -143,6 +143,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         found = type(values).__name__
         raise ConfigError(str(path), [Problem("file", path.name, f"holds a {found}", "write `key: value` lines")])
     base = values.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(str(path), [Problem("base", base, "is no file's name", "give one YAML file to build upon")])
     return merge(*_taken_out(read_yaml(path.parent / base, (*_seen, path)), values)) if base is not None else values
 
 

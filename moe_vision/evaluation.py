@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from moe_vision.data.chat import image_tokens, message, render
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
+from moe_vision.modeling.compose import load
 
 Pictures = Callable[[Sequence[Path]], dict[str, Any]]
 """From paths of pictures to what stands for them: the model's inputs `pixel_values`, `mixed_tokens`, `feature_maps`."""
@@ -44,6 +45,13 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def load_on_accelerator(folder: Path) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
+    """`load`, with the model on the accelerator if there is one."""
+    model, processor = load(folder)
+    device: Any = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return model.to(device), processor
 
 
 @torch.inference_mode()

@@ -11,9 +11,8 @@ from rich.console import Console
 from moe_vision.config import apply_override, read_yaml
 from moe_vision.data.records import load_records
 from moe_vision.data.synthetic import write_split
-from moe_vision.evaluation import EvalReport, answer, evaluate
+from moe_vision.evaluation import EvalReport, answer, evaluate, load_on_accelerator
 from moe_vision.export import ExportReport, export
-from moe_vision.modeling.compose import load
 from moe_vision.training.output import OutputError
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig, resolve_paths
@@ -55,12 +54,12 @@ def quickstart(output: Path, *, seed: int, overwrite: bool, console: Console) ->
     ):
         console.rule(f"{number}. train {title}")
         trained = train(micro_config(seed, data, experts), output / folder, console=console)
-        scores[title] = evaluate(*load(trained), test)
+        scores[title] = evaluate(*load_on_accelerator(trained), test)
         console.print(f"{title}: {scores[title].average:.3f} of the test questions right", highlight=False)
     console.rule("4. scores on the test split")
     console.print(accuracy_table({title: report.by_task for title, report in scores.items()}))
     console.rule("5. three questions about one picture")
-    model, processor = load(output / "run" / "model")
+    model, processor = load_on_accelerator(output / "run" / "model")
     asked = [record for record in test if record.images == test[0].images][:3]
     dialogue = []
     for record in asked:

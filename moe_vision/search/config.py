@@ -71,23 +71,25 @@ class FeatureCacheConfig(Config):
 class SearchConfig(TrainConfig):
     """A search for experts: the model names all there are, `stages` are what each set is trained by.
 
-    pool: experts to choose from, all of the model's if null. base: those that every set has; without one the first
-    round chooses it. method: greedy, backward or exhaustive. validation: what sets are chosen by; test: what the chosen
-    one is asked at the end. task_weights: of the mean over tasks of exact match; 1 where none is given. max_new_tokens:
-    of an answer. max_experts, min_gain: when to stop; an expert that gains less is not worth its place, 0 by default,
-    and -1 never stops. per: divide gains by what an expert adds of it. seeds: how many, from `seed` on.
+    pool: experts to choose from, all of the model's if null. base_experts: those that every set has; without one the
+    first round chooses it. method: greedy, backward or exhaustive. validation: what sets are chosen by; test: what the
+    chosen one is asked at the end. task_weights: of the mean over tasks of exact match; 1 where none is given.
+    max_new_tokens: of an answer; eval_batch_size: how many are given at once. max_experts, min_gain: when to stop; an
+    expert that gains less is not worth its place, 0 by default, and -1 never stops. per: divide gains by what an expert
+    adds of it. seeds: how many, from `seed` on.
 
     proxy, halving: cheap looks that spare whole trials; none by default. processes_per_trial: above 1, each trial
     trains by `accelerate launch` with so many.
     """
 
     pool: list[str] | None = Field(default=None, min_length=1)
-    base: list[str] = []
+    base_experts: list[str] = []
     method: str = "greedy"
     validation: DataConfig | None = None
     test: DataConfig | None = None
     task_weights: dict[str, float] = {}
     max_new_tokens: int = Field(default=16, ge=1)
+    eval_batch_size: int = Field(default=64, ge=1)
     max_experts: int | None = Field(default=None, ge=1)
     min_gain: float | None = Field(default=None, ge=-1, lt=1)
     per: Literal["gflop", "token"] | None = None
@@ -138,8 +140,10 @@ class SearchConfig(TrainConfig):
                              "them out")  # fmt: skip
         if any(rung.seeds > self.seeds for rung in self.halving):
             raise ValueError(f"a rung of halving has more seeds than the search, which has {self.seeds}")
-        if self.max_experts is not None and self.max_experts < len(self.base):
-            raise ValueError(f"max_experts is {self.max_experts}, and the base has {len(self.base)} experts already")
-        if len(set(self.pool or [])) < len(self.pool or []) or len(set(self.base)) < len(self.base):
-            raise ValueError("pool or base names an expert twice: name each once")
+        if self.max_experts is not None and self.max_experts < len(self.base_experts):
+            raise ValueError(
+                f"max_experts is {self.max_experts}, and there are {len(self.base_experts)} base_experts already"
+            )
+        if len(set(self.pool or [])) < len(self.pool or []) or len(set(self.base_experts)) < len(self.base_experts):
+            raise ValueError("pool or base_experts names an expert twice: name each once")
         return self

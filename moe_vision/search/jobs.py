@@ -10,16 +10,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 import yaml
 from filelock import FileLock
 from rich.console import Console
 
 from moe_vision.data.records import Record
-from moe_vision.evaluation import evaluate
-from moe_vision.modeling.compose import load
+from moe_vision.evaluation import evaluate, load_on_accelerator
 from moe_vision.modeling.model_config import packaged_config
 from moe_vision.training.data import records_of
 from moe_vision.training.feature_store import FeatureStore
@@ -47,6 +45,7 @@ class Job:
     data_seed: int
     asked: dict[str, Any] | None = None
     max_new_tokens: int = 16
+    eval_batch_size: int = 64
     features: tuple[str, float] | None = None
     processes: int = 1
 
@@ -117,10 +116,9 @@ def asked(schedule: TrainConfig, folder: Path, job: Job) -> list[bool]:
     """Whether the trained model answers each item right."""
     assert job.asked is not None
     records = records_of(DataConfig.model_validate(job.asked), folder, job.data_seed)
-    model, processor = load(folder / "model")
-    model.to(cast(Any, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")))
+    model, processor = load_on_accelerator(folder / "model")
     known = known_pictures(model, processor, schedule, records, store_of(job))
-    report = evaluate(model, processor, records, max_new_tokens=job.max_new_tokens, pictures=known)
+    report = evaluate(model, processor, records, job.eval_batch_size, job.max_new_tokens, known)
     return [prediction.right for prediction in report.predictions]
 
 

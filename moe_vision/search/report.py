@@ -61,7 +61,7 @@ def summarise(found: Found) -> dict[str, Any]:
     best, metric = found.trace.best[0], found.validation_metric
     config = found.config
     return {
-        "method": config.method, "pool": list(found.pool), "base": list(config.base),
+        "method": config.method, "pool": list(found.pool), "base": list(config.base_experts),
         "seeds": [config.seed + number for number in range(config.seeds)],
         "items": dict(found.counts), "task_weights": dict(zip(metric.tasks, metric.weights.tolist(), strict=True)),
         "rules": {"min_gain": config.min_gain or 0.0, "max_experts": config.max_experts, "per": config.per},

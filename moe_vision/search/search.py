@@ -103,7 +103,7 @@ def planned_search(config: SearchConfig) -> str:
 
 def candidates_of(config: SearchConfig, pool: Experts) -> list[int]:
     """Sets of each round, if none stops the search: of the base or the whole pool first, where that is tried."""
-    free, base = len(pool) - len(config.base), len(config.base)
+    free, base = len(pool) - len(config.base_experts), len(config.base_experts)
     most = min(len(pool), config.max_experts or len(pool))
     if config.method == "exhaustive":
         return [sum(math.comb(free, size) for size in range(0 if base else 1, most - base + 1))]
@@ -160,7 +160,7 @@ def decide(
         looks = Looks(config, pool, trials, records, progress)
         cost = None if config.per is None else lambda experts: price(trials, experts, config.per or "")
         rules = Rules(0.0 if config.min_gain is None else config.min_gain, config.max_experts, cost)
-        base = in_order(pool, config.base)
+        base = in_order(pool, config.base_experts)
         trace = METHODS[config.method](pool, base, looks.evaluate, rules)
         best = trace.best[0]
         planned = [trials.test(best, seed) for seed in trials.seeds]

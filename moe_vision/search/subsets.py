@@ -19,13 +19,13 @@ def pool_of(config: SearchConfig, model: ModelConfig) -> Experts:
     known = list(model.experts)
     problems = [
         Problem(field, name, f"the model has no expert '{name}'", suggest(name, known))
-        for field, names in (("pool", config.pool or []), ("base", config.base))
+        for field, names in (("pool", config.pool or []), ("base_experts", config.base_experts))
         for name in names
         if name not in known
     ]
     if problems:
         raise ConfigError("search config", problems)
-    return in_order(known, [*(config.pool or known), *config.base])
+    return in_order(known, [*(config.pool or known), *config.base_experts])
 
 
 def subset_model(model: ModelConfig, experts: Experts) -> ModelConfig:

@@ -119,7 +119,7 @@ class Trials:
             key, kind, experts, seed, schedule.model_copy(update={"stages": stages}).model_dump(mode="json"),
             str(self.output / folder / key[:16]), self.config.seed,
             None if asked is None else on_disk(asked, data, self.config.seed).model_dump(mode="json"),
-            self.config.max_new_tokens,
+            self.config.max_new_tokens, self.config.eval_batch_size,
             None if store is None else (store.folder or str(self.output / "features"), store.gigabytes),
             self.config.processes_per_trial,
         )  # fmt: skip

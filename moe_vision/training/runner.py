@@ -28,7 +28,7 @@ from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
-from moe_vision.training.checkpoints import discard, remove_leftovers, sync_tree, write_atomically, writing
+from moe_vision.training.checkpoints import discard, remove_leftovers, sync, sync_tree, write_atomically, writing
 from moe_vision.training.curves import write_curves
 from moe_vision.training.data import read_stages, report_of, settle, skipped_lines, staged
 from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
@@ -113,7 +113,7 @@ def train(
     if missing := on_main(lambda: [run.name for run in runs if not is_finished(output, run)]):
         console.print(f"{', '.join(only)}: finished; still to do: {', '.join(missing)}", highlight=False)
         return output
-    if not stood:
+    if runs[-1].expert is not None:  # it left an expert behind, and no whole model
         model = stand(output, runs, composition, model, digest)
     on_main(partial(finish_run, model, processor, output, runs))
     return output / "model"
@@ -122,8 +122,14 @@ def train(
 def finish_run(
     model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, output: Path, runs: Sequence[Run]
 ) -> None:
-    """Write the finished model, and take those of its runs away."""
-    save_synced(model, processor, output / "model")
+    """Make the last run's model the finished one, or write it where the last run aligned an expert; take those of the
+    other runs away."""
+    if runs[-1].expert is None:
+        with writing("the model", output / "model"):
+            (output / "runs" / runs[-1].name / "done").replace(output / "model")
+            sync(output)
+    else:
+        save_synced(model, processor, output / "model")
     for run in runs:
         shutil.rmtree(output / "runs" / run.name / "done", ignore_errors=True)
 

@@ -201,13 +201,13 @@ def test_sets_that_do_not_fit_are_named_and_left_out(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"pool": ["clip", "samm"]}, "pool = 'samm': the model has no expert 'samm'; did you mean 'sam'"),
-        ({"base": ["dino"]}, "base = 'dino': the model has no expert"),
+        ({"base_experts": ["dino"]}, "base_experts = 'dino': the model has no expert"),
         ({"validation": None}, "validation = None: is missing; give --validation FILE"),
         ({"test": None}, "test = None: is missing"),
         ({"method": "gready"}, "unknown method 'gready'; known are greedy, backward, exhaustive"),
         ({"method": "exhaustive", "per": "gflop"}, "an exhaustive search takes no steps; leave them out"),
         ({"max_experts": 0}, "max_experts"),
-        ({"base": ["clip", "sam"], "max_experts": 1}, "max_experts is 1, and the base has 2"),
+        ({"base_experts": ["clip", "sam"], "max_experts": 1}, "max_experts is 1, and there are 2 base_experts"),
         ({"halving": [{"seeds": 3, "length": 1, "keep": 0.5}]}, "more seeds than the search, which has 2"),
         ({"pool": ["clip", "clip"]}, "names an expert twice"),
         ({"task_weights": {"dark": -1}}, "weight -1.0 of task 'dark' is none"),
@@ -227,9 +227,9 @@ def test_show_says_how_many_trials_there_are(tmp_path: Path) -> None:
     greedy = search_config(tmp_path, seeds=3)
     assert "over clip, sam, eva02: at most 6 sets to train, 3 seeds each: 18 trials" in planned_search(greedy)
     for changes, sets in (
-        ({"proxy": {"keep": 2}}, "5 sets to train, of 6 that the proxy sees"), ({"base": ["sam"]}, "4 sets"),
+        ({"proxy": {"keep": 2}}, "5 sets to train, of 6 that the proxy sees"), ({"base_experts": ["sam"]}, "4 sets"),
         ({"max_experts": 2}, "5 sets"), ({"method": "backward"}, "6 sets"), ({"method": "exhaustive"}, "7 sets"),
-        ({"method": "exhaustive", "base": ["sam"], "max_experts": 2}, "3 sets"),
+        ({"method": "exhaustive", "base_experts": ["sam"], "max_experts": 2}, "3 sets"),
     ):  # fmt: skip
         assert f"at most {sets}" in planned_search(search_config(tmp_path, **changes)), changes
 
@@ -282,4 +282,4 @@ def test_a_set_sees_the_canvas_of_the_whole_model(tmp_path: Path) -> None:
     assert single.vision_config().canvas_size() == (64, 64)  # what CLIP alone would see
     mixer: Any = single.branches.overview.mixer
     assert list(mixer.grids) == ["clip"]
-    assert pool_of(config.model_copy(update={"pool": ["eva02", "clip"], "base": ["sam"]}), model) == EXPERTS
+    assert pool_of(config.model_copy(update={"pool": ["eva02", "clip"], "base_experts": ["sam"]}), model) == EXPERTS

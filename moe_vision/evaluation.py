@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -47,11 +47,15 @@ class EvalReport:
         return asdict(self)
 
 
+def accelerator() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_on_accelerator(folder: Path) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor]:
     """`load`, with the model on the accelerator if there is one."""
     model, processor = load(folder)
-    device: Any = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return model.to(device), processor
+    return cast(Any, model).to(accelerator()), processor
 
 
 @torch.inference_mode()

@@ -52,26 +52,27 @@ class RidgeProxy:
     """Right or wrong for every validation item, for any set of experts whose maps are there.
 
     maps: [C, h, w] by expert and picture, of all pictures of both; train: what it learns from, of whose questions
-    `settings.records` are drawn by the seed; asked: what is asked, by its last question; tokenise: of an answer.
+    `settings.records` are drawn by the seed; asked: what is asked, by its last question; tokenise: of an answer;
+    device: that computes, the CPU if null.
     """
 
     def __init__(
         self, maps: Mapping[str, Maps], train: Sequence[Record], asked: Sequence[Record], settings: Proxy, seed: int,
-        tokenise: Callable[[str], list[int]],
+        tokenise: Callable[[str], list[int]], device: torch.device | None = None,
     ) -> None:  # fmt: skip
         every = [item for item in items_of(train, last_only=False) if item.images]
         if not every:
             raise ValueError("proxy ridge learns from questions about pictures, and the last stage's data has none")
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
         learnt, questions = [every[row] for row in sorted(order[: settings.records])], items_of(asked, last_only=True)
-        self.settings = settings
+        self.settings, self.device = settings, device
         prompts = list(dict.fromkeys(item.images for item in (*learnt, *questions)))
         place = {images: row for row, images in enumerate(prompts)}
         self.learnt, self.asked = (
-            torch.tensor([place[item.images] for item in items]) for items in (learnt, questions)
+            torch.tensor([place[item.images] for item in items], device=device) for items in (learnt, questions)
         )
-        self.targets, self.wanted = answer_tokens(learnt, questions, tokenise)
-        of_learnt, of_asked = question_vectors(learnt, questions)
+        self.targets, self.wanted = (made.to(device) for made in answer_tokens(learnt, questions, tokenise))
+        of_learnt, of_asked = (made.to(device) for made in question_vectors(learnt, questions))
         self.of_questions = of_learnt @ of_learnt.T, of_asked @ of_learnt.T
         self.cells = {name: self.cells_of(own, prompts) for name, own in maps.items()}
         self.of_pairs: dict[tuple[str, str], torch.Tensor] = {}
@@ -80,7 +81,7 @@ class RidgeProxy:
         """[prompts, cells, channels] of one expert: standardised, on the grid, in at most `settings.channels` principal
         components; the mean over the pictures of a prompt, nothing where it has none."""
         rows, columns = self.settings.grid
-        size = {path: on_grid(maps[path], (rows, columns)) for images in prompts for path in images}
+        size = {path: on_grid(maps[path].to(self.device), (rows, columns)) for images in prompts for path in images}
         none = torch.zeros_like(next(iter(size.values())))
         cells = torch.stack([torch.stack([size[p] for p in images]).mean(0) if images else none for images in prompts])
         known = cells[self.learnt.unique()].flatten(0, 1)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from moe_vision.config import ConfigError, Problem
 from moe_vision.data.records import Record
+from moe_vision.evaluation import accelerator
 from moe_vision.modeling.compose import compose
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.search.config import LocalExecutor, SearchConfig
@@ -278,11 +279,12 @@ class Looks:
             if store is not None:
                 cache = FeatureStore(Path(store.folder or self.trials.output / "features"), store.gigabytes)
             paths = pictures_of([*self.records["train"], *self.records["validation"]])
-            stage = self.config.stages[-1].model_copy(update={"precision": "fp32"})
-            maps = expert_maps(model, processor, paths, experts, stage, cache)
+            device = accelerator()
+            cast(Any, model).to(device)
+            maps = expert_maps(model, processor, paths, experts, self.config.stages[-1], cache)
             self.ridge = RidgeProxy(
                 maps, self.records["train"], self.records["validation"], self.config.proxy, self.config.seed,
-                partial(processor.tokenizer.encode, add_special_tokens=False),
+                partial(processor.tokenizer.encode, add_special_tokens=False), device,
             )  # fmt: skip
         return self.ridge
 

@@ -7,6 +7,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# What is asserted bitwise holds on the CPU, and two processes of a launch need two GPUs. With CUDA_VISIBLE_DEVICES=0 in
+# the environment most tests run on a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # pytest runs a process a core, and more threads than cores wait for each other; a forked child, besides, must not wait
 # for threads that only its parent has. What tests start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -131,9 +131,11 @@ class Processes:
         running[self.pool.submit(attempt, job)] = job
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():  # else Python would wait for what they are at
+        # Else Python would wait for what they are at, and a broken pool for ever: one that trains ends its job when it
+        # is told to end, not itself.
+        for worker in multiprocessing.active_children():
             worker.kill()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Ray:

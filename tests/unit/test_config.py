@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from moe_vision.config import ConfigError, apply_override, load_config, merge, read_yaml, validate
 from moe_vision.experts import EXPERTS
 from moe_vision.modeling.model_config import ModelConfig, packaged_config
+from moe_vision.search.config import SearchConfig
+from moe_vision.search.subsets import pool_of
+from moe_vision.training.loading import load_schedule, model_config
 from moe_vision.training.schedule import TrainConfig
 from tests.tiny import tiny_values
 
@@ -35,6 +38,19 @@ def test_every_train_preset_validates() -> None:
     assert paths
     for path in paths:
         assert load_config(TrainConfig, path).stages
+
+
+def test_every_search_preset_validates_and_its_base_is_in_the_pool() -> None:
+    found = {path.stem: load_schedule(SearchConfig, path) for path in CONFIGS.glob("search/*.yaml")}
+    assert found["eagle"].base_experts == ["clip", "convnext"]
+    for config in found.values():
+        assert {*config.base_experts} <= {*pool_of(config, model_config(config))}
+
+
+def test_a_base_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text("base: [clip, convnext]")
+    with pytest.raises(ConfigError, match="base = \\['clip', 'convnext'\\]: is no file's name; give one YAML file"):
+        read_yaml(tmp_path / "search.yaml")
 
 
 def test_misspelt_key_at_three_depths_comes_at_once_with_the_nearest_names() -> None:

@@ -162,6 +162,31 @@ def test_a_process_that_dies_takes_no_job_with_it_for_good(tmp_path: Path, monke
     pool.close()
 
 
+def dies_beside_one_that_stays(job: Job) -> Result:
+    """The first job's process ends once the second's has begun, which does not end when it is told to: from Python 3.12
+    on a broken pool waits for it."""
+    marker = Path(job.folder) / "begun"
+    if job.key == "stays":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as while a trial trains
+        if not marker.exists():
+            marker.touch()
+            time.sleep(10)  # a pool may notice a death only when another job ends
+    else:
+        while not marker.exists():
+            time.sleep(0.01)
+        return dies_once(job)
+    return Result([True], {}, "here")
+
+
+def test_a_process_that_dies_beside_one_at_work_does_not_hang_the_search(tmp_path: Path, monkeypatch: Any) -> None:
+    every = [Job(key, "trial", ("clip",), 0, {}, str(tmp_path), 0) for key in ("dies", "stays")]
+    pool = Processes(LocalExecutor(processes=2))
+    monkeypatch.setattr(executors, "attempt", dies_beside_one_that_stays)
+    ended = {job.key: result for job, result in pool.run(every, lambda job: None)}
+    assert {key: type(result) for key, result in ended.items()} == {"dies": Result, "stays": Result}
+    pool.close()
+
+
 def sleeps(job: Job) -> Result:
     (Path(job.folder) / "process").write_text(str(os.getpid()))
     time.sleep(60)

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -104,7 +104,8 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
         return None
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would load the next stage's model in shards
-    return weights
+    tied = cast(Any, trainer.model).all_tied_weights_keys  # gathered, they share no memory any more
+    return {name: value for name, value in weights.items() if name not in tied}
 
 
 def finish() -> None:

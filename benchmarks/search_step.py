@@ -5,7 +5,7 @@
 
 The last stage of a search config, on random weights and generated pictures: what a step costs does not depend on them.
 It runs as a trial's stage does (loader, collator, GroupTrainer), without what a trial does once: reading weights,
-writing the model, asking it. A step's seconds are the median after the first three.
+writing the model, asking it. A step's seconds are the mean after the first twelve, for which the loader has read ahead.
 """
 
 import argparse
@@ -35,6 +35,9 @@ from moe_vision.training.loading import load_schedule, model_config
 from moe_vision.training.runner import run_stage
 from moe_vision.training.schedule import Run, TrainConfig
 
+READ_AHEAD = 12
+"""Steps that are not counted: the first of all warm up, and those after it find their batch read."""
+
 
 def random_model(config: SearchConfig) -> ModelConfig:
     """The config's model with random weights and the miniature's tokenizer."""
@@ -51,8 +54,10 @@ def main() -> None:
     parser.add_argument("config", type=Path, nargs="?", default=packaged_config("search/eagle.yaml"))
     parser.add_argument("overrides", nargs="*", help="of the config, as stages.1.batch_size=4")
     parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
+    if arguments.steps <= READ_AHEAD:
+        parser.error(f"--steps {arguments.steps}: the first {READ_AHEAD} are not counted")
     config = load_schedule(SearchConfig, arguments.config, arguments.overrides)
     device = accelerator()
     with device:
@@ -85,7 +90,7 @@ def main() -> None:
             whole = time.perf_counter() - started
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             own = [line["step_seconds"] for line in lines if line["run"] == title and "loss" in line]
-            seconds[title] = statistics.median(own[3:])
+            seconds[title] = statistics.fmean(own[READ_AHEAD:])
             print(
                 f"{title}: {seconds[title]:.3f} s a step, {seconds[title] / seconds['pixels']:.0%} of that on pixels; "
                 f"{whole:.1f} s for {arguments.steps} steps and what comes before them",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from moe_vision.data.chat import IGNORED, Tokenised, tokenise
 from moe_vision.data.records import Record, load_image
@@ -17,7 +17,7 @@ from moe_vision.modeling.image_processing_moe_vision import join_views
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Tokenised records with what the model takes of their pictures.
 
-    pictures: from the paths of a prompt's pictures to the model's inputs by name; `views_of`, which decodes, if null.
+    pictures: from the paths of a prompt's pictures to what the Collator takes; `views_of`, which decodes, if null.
     texts: the records' tokens, where they are known; made here if null.
     """
 
@@ -53,7 +53,8 @@ def views_of(images: Sequence[Path], processor: MoeVisionProcessor) -> dict[str,
 
 class Collator:
     """Pads a list of items on the right: input_ids, attention_mask, labels [B, T]; views, or what stands for them, are
-    joined."""
+    joined. logits_to_keep [K]: positions at which some row learns its next token; most are images and questions, and a
+    vocabulary is large."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
@@ -69,9 +70,16 @@ class Collator:
             labels[row, :size] = torch.tensor(item["labels"])
             mask[row, :size] = 1
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        for key, join in (("pixel_values", join_views), ("image_sizes", torch.cat), ("mixed_tokens", torch.cat)):
+        batch["logits_to_keep"] = (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
+        for key, join in (("pixel_values", join_views), ("image_sizes", torch.cat), ("mixed_tokens", joined)):
             if parts := [item[key] for item in items if key in item]:
                 batch[key] = join(parts)
         if maps := [item["feature_maps"] for item in items if "feature_maps" in item]:
-            batch["feature_maps"] = {name: torch.cat([known[name] for known in maps]) for name in maps[0]}
+            batch["feature_maps"] = {name: joined([known[name] for known in maps]) for name in maps[0]}
         return batch
+
+
+def joined(parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """[n, …] of the tensors in all parts: copied once, by a worker to where the training process reads it. Maps of
+    large experts are 50 MB a picture."""
+    return default_collate([tensor for part in parts for tensor in part])

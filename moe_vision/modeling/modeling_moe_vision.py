@@ -445,7 +445,8 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, MoeVisionGener
         **kwargs: Any,
     ) -> tuple | MoeVisionCausalLMOutput:
         """As `MoeVisionModel.forward`; labels [B, T] hold -100 where nothing is to be learnt, and where they hold the
-        image token nothing is learnt either.
+        image token nothing is learnt either. logits_to_keep: so many positions at the end, all if 0, or these [K]; the
+        loss is theirs.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -469,6 +470,8 @@ class MoeVisionForConditionalGeneration(MoeVisionPreTrainedModel, MoeVisionGener
             learnt = labels.masked_fill(
                 labels == self.config.image_token_id, -100
             )  # TRL's labels are the prompt itself
+            if "shift_labels" not in kwargs:
+                kwargs["shift_labels"] = nn.functional.pad(learnt, (0, 1), value=-100)[:, 1:][:, keep].contiguous()
             loss = self.loss_function(logits=logits, labels=learnt, vocab_size=vocabulary, **kwargs)
         result = MoeVisionCausalLMOutput(
             loss=loss,

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import patch_environment
 
 from moe_vision.search.config import LocalExecutor, RayExecutor
 from moe_vision.search.jobs import Job, Result, end_with, run_job
@@ -43,11 +44,11 @@ class Executor(Protocol):
         ...
 
 
-def executor_of(config: LocalExecutor | RayExecutor) -> Executor:
+def executor_of(config: LocalExecutor | RayExecutor, processes_per_trial: int) -> Executor:
     """Raises SearchError where it cannot work here."""
     if isinstance(config, RayExecutor):
         return Ray(config)
-    return InTurn(config.threads) if config.processes == 1 else Processes(config)
+    return InTurn(config.threads) if config.processes == 1 else Processes(config, processes_per_trial)
 
 
 def attempt(job: Job) -> Result | str:
@@ -87,55 +88,86 @@ def enter_worker(threads: int, driver: int) -> None:
     threading.Thread(target=end_with, args=(driver,), daemon=True).start()
 
 
+class Worker:
+    """A process that does one job after the other. gpus: those it sees, as CUDA_VISIBLE_DEVICES names them; all that
+    the driver sees if null."""
+
+    def __init__(self, threads: int, gpus: str | None) -> None:
+        others = set(multiprocessing.active_children())
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, (threads, os.getpid()))
+        # A process takes its variables with it when it begins; once libraries are imported CUDA may know them already.
+        with patch_environment(**({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})):
+            self.pool.submit(os.getpid)
+        self.processes = set(multiprocessing.active_children()) - others
+
+    def close(self) -> None:
+        # Else Python would wait for what it is at: one that trains ends its job when it is told to end, not itself.
+        for process in self.processes:
+            process.kill()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Processes:
-    """In processes of this machine; one that dies takes no other job with it for good."""
+    """In processes of this machine, which share its GPUs; one that dies takes no other job with it.
 
-    def __init__(self, config: LocalExecutor) -> None:
-        self.count = config.processes
+    gpus: how many a job trains on.
+    """
+
+    def __init__(self, config: LocalExecutor, gpus: int = 1) -> None:
         self.threads = config.threads or max(1, (os.cpu_count() or 1) // config.processes)
-        self.pool = self.start()
-
-    def start(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.count, context, enter_worker, (self.threads, os.getpid()))
+        self.gpus = [gpus_of(place, gpus) for place in range(config.processes)]
+        self.workers: dict[int, Worker] = {}
 
     def run(self, jobs: Sequence[Job], begun: Begun) -> Iterator[Ended]:
-        waiting, suspects, running = list(jobs), list[Job](), dict[Future[Result | str], Job]()
+        waiting, suspects = list(jobs), list[Job]()
+        running = dict[Future[Result | str], tuple[Job, int]]()
         deaths: dict[str, int] = {}
         while waiting or suspects or running:
-            while waiting and not suspects and len(running) < self.count:
-                self.submit(waiting.pop(0), running, begun)
-            if suspects and not running:  # alone, so that its death is its own
-                self.submit(suspects.pop(0), running, begun)
+            free = [place for place in range(len(self.gpus)) if place not in {taken for _, taken in running.values()}]
+            while waiting and free and not suspects:
+                self.submit(waiting.pop(0), free.pop(0), running, begun)
+            if suspects and not running:  # alone, so that its death is its own: what grew beside it may be the cause
+                self.submit(suspects.pop(0), free.pop(0), running, begun)
             alone = len(running) == 1
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            broken = [running.pop(future) for future in done if isinstance(future.exception(), BrokenProcessPool)]
             for future in done:
-                if future in running:
-                    yield running.pop(future), future.result()
-            if not broken:
-                continue
-            broken += running.values()
-            running.clear()
-            self.close()
-            self.pool = self.start()
-            for job in broken:
+                job, place = running.pop(future)
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    yield job, future.result()
+                    continue
+                self.workers.pop(place).close()
                 deaths[job.key] = deaths.get(job.key, 0) + alone
                 if deaths[job.key] < ATTEMPTS:
                     suspects.append(job)
                 else:
                     yield job, f"its process died {ATTEMPTS} times while nothing else ran: out of memory, or killed"
 
-    def submit(self, job: Job, running: dict[Future[Result | str], Job], begun: Begun) -> None:
+    def submit(
+        self, job: Job, place: int, running: dict[Future[Result | str], tuple[Job, int]], begun: Begun
+    ) -> None:  # fmt: skip
         begun(job)
-        running[self.pool.submit(attempt, job)] = job
+        if place not in self.workers:
+            self.workers[place] = Worker(self.threads, self.gpus[place])
+        try:
+            future = self.workers[place].pool.submit(attempt, job)
+        except BrokenProcessPool:  # it died with nothing to do
+            self.workers[place] = Worker(self.threads, self.gpus[place])
+            future = self.workers[place].pool.submit(attempt, job)
+        running[future] = job, place
 
     def close(self) -> None:
-        # Else Python would wait for what they are at, and a broken pool for ever: one that trains ends its job when it
-        # is told to end, not itself.
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        while self.workers:
+            self.workers.popitem()[1].close()
+
+
+def gpus_of(place: int, count: int) -> str | None:
+    """The GPUs of the process at this place, `count` of those that are here, in turn; null where that is all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = range(torch.cuda.device_count())
+    names = visible.split(",")[: len(here)] if visible else [str(number) for number in here]
+    if len(names) <= count:
+        return None
+    return ",".join(names[(place * count + number) % len(names)] for number in range(count))
 
 
 class Ray:

@@ -155,7 +155,7 @@ def decide(
     asked = {name: metric_of(records[name], config) for name in ("validation", "test")}
     workers = config.executor.processes if isinstance(config.executor, LocalExecutor) else 1
     progress = Progress(console, workers, [sets * config.seeds for sets in trained_of(config, pool)])
-    executor = executor_of(config.executor)
+    executor = executor_of(config.executor, config.processes_per_trial)
     try:
         trials = Trials(config, model, output, journal, executor, asked["validation"], progress)
         looks = Looks(config, pool, trials, records, progress)

@@ -75,7 +75,7 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class KnownPictures:
-    """What a dataset's items carry for the pictures of a prompt.
+    """What stands for pictures.
 
     mixed_tokens: [N, C] by path, or maps: [C, h, w] by expert and path, with pixels where an expert has to run:
     [3, H, W] by path, as bytes that `rescale_factor` brings to [0, 1] where no bit is lost by that.
@@ -87,12 +87,22 @@ class KnownPictures:
     rescale_factor: float = 1 / 255
 
     def __call__(self, images: Sequence[Path]) -> dict[str, Any]:
-        """mixed_tokens [images, N, C], or feature_maps [images, C, h, w] by expert and pixel_values."""
+        """The model's inputs: mixed_tokens [images, N, C], or feature_maps [images, C, h, w] by expert and pixel_values
+        [images, 3, H, W]."""
+        made = self.item(images)
+        if "mixed_tokens" in made:
+            made["mixed_tokens"] = torch.stack(made["mixed_tokens"])
+        if "feature_maps" in made:
+            made["feature_maps"] = {name: torch.stack(maps) for name, maps in made["feature_maps"].items()}
+        return made
+
+    def item(self, images: Sequence[Path]) -> dict[str, Any]:
+        """As the model's inputs, but a list for what is joined only in a batch: no map is copied here."""
         made: dict[str, Any] = {}
         if self.mixed_tokens is not None:
-            made["mixed_tokens"] = torch.stack([self.mixed_tokens[path] for path in images])
+            made["mixed_tokens"] = [self.mixed_tokens[path] for path in images]
         if self.maps is not None:
-            made["feature_maps"] = {n: torch.stack([known[path] for path in images]) for n, known in self.maps.items()}
+            made["feature_maps"] = {name: [known[path] for path in images] for name, known in self.maps.items()}
         if self.pixels is not None:
             made[PIXELS] = rescaled(torch.stack([self.pixels[path] for path in images]), self.rescale_factor)
         return made

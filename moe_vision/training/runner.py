@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 import yaml
 from rich.console import Console
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from moe_vision.config import ConfigError, Problem
 from moe_vision.data.collate import Collator, ConversationDataset
@@ -43,7 +43,7 @@ from moe_vision.training.provenance import record_environment
 from moe_vision.training.recompute import checkpointed_groups, recompute_in
 from moe_vision.training.reporting import check_reporters
 from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig
-from moe_vision.training.trainer import GroupTrainer, trained_and_frozen
+from moe_vision.training.trainer import GroupTrainer, OneDevice, trained_and_frozen
 from moe_vision.training.turns import steps_per_epoch, total_steps, turns_of
 
 
@@ -74,6 +74,8 @@ def train(
         console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
         return output / "model"
     check_reporters(config.report_to)
+    if processes().num_processes == 1 and (here := torch.cuda.device_count()) > 1:
+        console.print(f"one of {here} GPUs trains: `accelerate launch` takes all (docs/training.md)", highlight=False)
     runs = config.runs(list(composition.experts))
     check_only(only, runs)
     for expert in dict.fromkeys(run.expert for run in runs):
@@ -288,7 +290,7 @@ def run_stage(
     on_main(partial(remove_leftovers, folder))
     recompute_in(model, checkpointed_groups(model, stage.gradient_checkpointing, rates))
     turns = turns_of(stage, model, steps_per_epoch(len(samples.items), stage, processes().num_processes))
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1.0,
         max_steps=stage.max_steps or -1,
@@ -322,7 +324,7 @@ def run_stage(
         rates=rates,
         turns=turns,
         weight_decay=stage.weight_decay,
-        train_dataset=ConversationDataset(samples.records, processor, known, samples.texts),
+        train_dataset=ConversationDataset(samples.records, processor, known.item if known else None, samples.texts),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[progress, MetricsFile(output / "metrics.jsonl", run.name), FiniteLoss(), preemption],
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -27,6 +27,15 @@ STAGING = ".checkpoint.partial"
 LOSS_FILE = "loss_since_log.json"
 """In a checkpoint: the sum of losses that no log holds yet. Trainer forgets it, and the next log of a resumed run would
 be about fewer steps."""
+
+
+class OneDevice(TrainingArguments):
+    """As transformers', with one device for each process: with several, Trainer would wrap the model in nn.DataParallel
+    and multiply the batch by their number."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
 
 
 class EpochLengthSampler(LengthGroupedSampler):

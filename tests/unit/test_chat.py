@@ -88,3 +88,20 @@ def test_batches_are_padded_on_the_right(tmp_path: Path, processor: MoeVisionPro
     assert batch["attention_mask"].sum(1).tolist() == sizes
     assert batch["attention_mask"][1, 0] == 1 and batch["attention_mask"][1, -1] == 0
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+def test_logits_are_kept_where_a_row_learns_its_next_token(tmp_path: Path, processor: MoeVisionProcessor) -> None:
+    model, _ = tiny_model()
+    dataset = ConversationDataset(load_records(write_data(tmp_path, 3)), processor)
+    batch = Collator(processor.tokenizer.pad_token_id)([dataset[i] for i in range(3)])
+    keep = batch.pop("logits_to_keep")
+    learnt = (batch["labels"] != IGNORED).any(0).nonzero().flatten()
+    assert keep.tolist() == (learnt - 1).tolist() and 0 < len(keep) < batch["input_ids"].shape[1]
+    few, all_ = model(**batch, logits_to_keep=keep), model(**batch)
+    assert few.logits.shape[1] == len(keep)
+    torch.testing.assert_close(few.loss, all_.loss)
+    few.loss.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    all_.loss.backward()
+    torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)

@@ -107,6 +107,21 @@ def test_loss_is_the_mean_over_labels(tiny: tuple) -> None:
     torch.testing.assert_close(out.loss, -logs.gather(1, labels[0, -2:, None]).mean())
 
 
+@pytest.mark.parametrize("keep", [3, torch.tensor([1, 4, -3])])
+def test_logits_to_keep_bound_the_loss(tiny: tuple, keep: int | torch.Tensor) -> None:
+    model, processor = tiny
+    batch = inputs(processor, [prompt(processor, "<image>read label")], [picture(0)])
+    whole = model(**batch, labels=batch["input_ids"])
+    some = model(**batch, labels=batch["input_ids"], logits_to_keep=keep)
+    kept = torch.arange(batch["input_ids"].shape[1])[-keep:] if isinstance(keep, int) else keep
+    torch.testing.assert_close(some.logits, whole.logits[:, kept])
+    logs = torch.nn.functional.pad(whole.logits[0, :-1].log_softmax(-1), (0, 0, 0, 1))
+    following = batch["input_ids"][0].roll(-1)
+    learnt = torch.tensor([p for p in kept.tolist() if p != len(following) - 1])
+    learnt = learnt[following[learnt] != model.config.image_token_id]
+    torch.testing.assert_close(some.loss, -logs[learnt, following[learnt]].mean())
+
+
 def test_image_tokens_in_labels_are_not_learnt(tiny: tuple) -> None:
     model, processor = tiny
     batch = inputs(processor, [prompt(processor, "<image>read label")], [picture(0)])

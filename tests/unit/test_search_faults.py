@@ -1,5 +1,6 @@
 """A search that is killed, whose workers die, whose disk is full or whose files are broken goes on, or says so."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moe_vision.config import validate
 from moe_vision.search import SearchConfig, SearchError, executors, jobs, search
 from moe_vision.search.config import LocalExecutor
-from moe_vision.search.executors import Processes, attempt
+from moe_vision.search.executors import Processes, Worker, attempt
 from moe_vision.search.jobs import Job, Result, trained
 from moe_vision.search.journal import opened
 from moe_vision.training.checkpoints import WriteError
@@ -163,28 +165,56 @@ def test_a_process_that_dies_takes_no_job_with_it_for_good(tmp_path: Path, monke
 
 
 def dies_beside_one_that_stays(job: Job) -> Result:
-    """The first job's process ends once the second's has begun, which does not end when it is told to: from Python 3.12
-    on a broken pool waits for it."""
-    marker = Path(job.folder) / "begun"
+    """The first job's process ends once the second's is at work, which does not end when it is told to."""
+    begun, died = Path(job.folder) / "begun", Path(job.folder) / "dies"
     if job.key == "stays":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as while a trial trains
-        if not marker.exists():
-            marker.touch()
-            time.sleep(10)  # a pool may notice a death only when another job ends
+        begun.touch()
+        while not died.exists():
+            time.sleep(0.01)
+        time.sleep(1)  # time to be noticed
     else:
-        while not marker.exists():
+        while not begun.exists():
             time.sleep(0.01)
         return dies_once(job)
     return Result([True], {}, "here")
 
 
-def test_a_process_that_dies_beside_one_at_work_does_not_hang_the_search(tmp_path: Path, monkeypatch: Any) -> None:
-    every = [Job(key, "trial", ("clip",), 0, {}, str(tmp_path), 0) for key in ("dies", "stays")]
+def test_a_process_that_dies_leaves_one_at_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [Job(key, "trial", ("clip",), 0, {}, str(tmp_path), 0) for key in ("dies", "stays", "later")]
+    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    stranger.start()
     pool = Processes(LocalExecutor(processes=2))
     monkeypatch.setattr(executors, "attempt", dies_beside_one_that_stays)
-    ended = {job.key: result for job, result in pool.run(every, lambda job: None)}
-    assert {key: type(result) for key, result in ended.items()} == {"dies": Result, "stays": Result}
+    begun: list[str] = []
+    ended = {job.key: result for job, result in pool.run(every, lambda job: begun.append(job.key))}
+    assert {key: type(result) for key, result in ended.items()} == dict.fromkeys(("dies", "stays", "later"), Result)
+    assert begun.count("stays") == 1 and begun.count("dies") == 2
+    for worker in list(pool.workers.values()):  # one that dies with nothing to do
+        (process,) = worker.processes
+        process.kill()
+        process.join()
+    assert len(list(pool.run(every[2:], lambda job: None))) == 1
     pool.close()
+    assert stranger.is_alive()
+    stranger.kill()
+
+
+def test_processes_take_turns_with_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Processes(LocalExecutor(processes=5)).gpus == ["0", "1", "2", "3", "0"]
+    assert Processes(LocalExecutor(processes=3), gpus=2).gpus == ["0,1", "2,3", "0,1"]
+    assert Processes(LocalExecutor(processes=2), gpus=4).gpus == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d,GPU-absent")
+    pool = Processes(LocalExecutor(processes=2))
+    assert pool.gpus == ["GPU-a", "GPU-b"]
+    worker = Worker(1, pool.gpus[1])
+    assert worker.pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "GPU-b"
+    assert os.environ["CUDA_VISIBLE_DEVICES"].startswith("GPU-a,")
+    worker.close()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert Processes(LocalExecutor(processes=2)).gpus == [None, None]
 
 
 def sleeps(job: Job) -> Result:

@@ -23,7 +23,7 @@ from moe_vision.training.interrupts import Preempted
 from moe_vision.training.recompute import checkpointed_groups, recompute_in, switches
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import StageConfig, TrainConfig
-from moe_vision.training.trainer import EpochLengthSampler, GroupTrainer
+from moe_vision.training.trainer import EpochLengthSampler, GroupTrainer, OneDevice
 from moe_vision.training.turns import total_steps
 from tests.tiny import tiny_model
 from tests.unit.test_training import assert_same, weights
@@ -175,6 +175,18 @@ def test_reporters_are_checked_and_told(monkeypatch: pytest.MonkeyPatch) -> None
         reporting.check_reporters(["wandbb"])
     with pytest.raises(ConfigError, match=r"not installed; install it.*mlflow"):
         reporting.check_reporters(["wandb"])
+
+
+def test_one_process_trains_on_one_of_many_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    arguments = OneDevice(output_dir=str(tmp_path), per_device_train_batch_size=3, use_cpu=True)
+    arguments._n_gpu = 8  # as transformers sets it where there are so many
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config = TrainConfig.model_validate(train_values(tmp_path, max_steps=1))
+    train(config, tmp_path / "run", console=Console(width=200))
+    assert "one of 8 GPUs trains: `accelerate launch` takes all" in capsys.readouterr().out
 
 
 def test_steps_of_a_schedule() -> None:

@@ -13,6 +13,7 @@ from moe_vision.config import ConfigError
 from moe_vision.data.records import DataError
 from moe_vision.experts.base import Expert
 from moe_vision.training import runner
+from moe_vision.training.feature_store import FeatureStore
 from moe_vision.training.groups import (
     freeze_all_but,
     learning_rates,
@@ -174,6 +175,17 @@ def test_frozen_parts_stay_in_evaluation_mode(tmp_path: Path, monkeypatch: pytes
 def test_precision_and_workers_run(tmp_path: Path, stage: dict[str, Any]) -> None:
     after = weights(train(config(tmp_path, max_steps=1, **stage), tmp_path / "out"))
     assert {value.dtype for value in after.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("gigabytes", [1.0, 1e-6])
+def test_workers_hand_on_what_is_known_of_pictures(tmp_path: Path, gigabytes: float) -> None:
+    """Mixed tokens from memory, or maps from the disk."""
+    found = []
+    for workers in (0, 2):
+        schedule = config(tmp_path, num_workers=workers, cache_gb=gigabytes)
+        store = FeatureStore(tmp_path / "features", 1.0)
+        found.append(weights(train(schedule, tmp_path / f"out{workers}", cache=store)))
+    assert_same(*found)
 
 
 def test_constant_rates_warm_up_too(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ writing the model, asking it. A step's seconds are the mean after the first twel
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -62,7 +63,10 @@ def main() -> None:
     device = accelerator()
     with device:
         model, processor = compose(random_model(config))
-    data = DataConfig.model_validate({"synthetic": "questions", "scenes": arguments.pictures})
+    # One long epoch: at the beginning of each the loader starts anew.
+    epochs = math.ceil(arguments.steps * config.stages[-1].batch_size / arguments.pictures)
+    part = {"synthetic": "questions", "scenes": arguments.pictures, "epochs": epochs}
+    data = DataConfig.model_validate({"mixture": [part]})
     lengths = {"epochs": None, "max_steps": arguments.steps, "gradient_accumulation": 1, "logging_steps": 1}
     stage = config.stages[-1].model_copy(update={"data": data, **lengths})
     rates = learning_rates(model, stage.rates)

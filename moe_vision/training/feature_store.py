@@ -13,13 +13,13 @@ import logging
 import os
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -215,4 +215,4 @@ def picture_key(path: Path) -> str:
 
 
 def checksum_of(value: torch.Tensor) -> int:
-    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_intdigest(value.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -137,11 +137,13 @@ def summary_of_candidate(found: Found, candidate: Candidate, gain: Gain | None) 
 
 
 def cheaper_equal(found: Found) -> dict[str, Any] | None:
-    """The smallest set of the path that cannot be told from the best one, if there is a smaller one."""
+    """The smallest set that cannot be told from the best one, among the best that were tried of each smaller size."""
     best = found.trace.best[0]
-    for experts, _ in sorted(found.trace.path, key=lambda entry: len(entry[0])):
-        if len(experts) >= len(best):
-            break
+    for size in range(1, len(best)):
+        tried = [experts for experts in found.answers if len(experts) == size]
+        if not tried:
+            continue
+        experts = max(tried, key=lambda experts: found.validation_metric.value(found.answers[experts]))
         gain = found.validation_metric.gain(found.answers[best], found.answers[experts])
         if not gain.distinguishable:
             return {"experts": list(experts), "gain": plain(gain)}
@@ -226,7 +228,7 @@ def stopping(summary: Mapping[str, Any]) -> str:
 def best_lines(summary: Mapping[str, Any]) -> list[str]:
     equal = summary["best"]["cheaper_equal"]
     if equal is None:
-        return ["No smaller set that the search stood at is as good within the uncertainty."]
+        return ["No smaller set that was tried is as good within the uncertainty."]
     return [f"**{named(equal['experts'])}**, which is smaller, is not distinguishable from it: the gain of the rest is "
             f"{interval(equal['gain'])}."]  # fmt: skip
 

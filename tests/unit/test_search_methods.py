@@ -3,6 +3,8 @@
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from moe_vision.search.methods import (
     exhaustive,
     greedy,
 )
+from moe_vision.search.report import cheaper_equal
 from moe_vision.search.statistics import Metric, kendall_tau
 
 POOL = ("a", "b", "c", "d")
@@ -230,3 +233,17 @@ def test_kendalls_tau() -> None:
         kendall_tau([1, 1], [1, 2])
     with pytest.raises(ValueError, match="two rankings of the same"):
         kendall_tau([1], [1])
+
+
+def test_the_smallest_set_that_cannot_be_told_from_the_best_is_named() -> None:
+    items = 200
+    metric = Metric(["all"] * items, list(map(str, range(items))), {})
+    right = {"abc": 200, "a": 100, "b": 20, "bc": 120, "ab": 199}
+    answers = {tuple(name): (torch.arange(items) < count).float()[None] for name, count in right.items()}
+    found: Any = SimpleNamespace(
+        trace=SimpleNamespace(best=(tuple("abc"), 1.0), path=[]), answers=answers, validation_metric=metric
+    )
+    equal = cheaper_equal(found)
+    assert equal is not None and equal["experts"] == ["a", "b"] and equal["gain"]["mean"] == pytest.approx(0.005)
+    del answers[("a", "b")]
+    assert cheaper_equal(found) is None

@@ -120,10 +120,13 @@ def redraw(module: nn.Module) -> None:
             parameter.normal_(mean=0.0 if parameter.ndim > 1 else 1.0, std=0.02)
 
 
-def tower_rows(config: ModelConfig, batch: int, dtype: torch.dtype, timer: Timer, peak: float, tiny: bool) -> list[Row]:
-    """Each expert by itself: eager, compiled, and timm's model of the same architecture and size."""
-    rows = []
+def tower_rows(
+    config: ModelConfig, options: argparse.Namespace, dtype: torch.dtype, timer: Timer, peak: float
+) -> list[Row]:
+    """Each expert by itself: eager, timm's model of the same architecture and size, and compiled."""
+    rows, batch, tiny = [], options.batch, options.tiny
     for name, expert_config in config.experts.items():
+        compiled = name in options.compile.split(",")
         with torch.device("meta"), torch.no_grad():
             flops = flops_of(expert_config.build(), torch.empty(1, 3, *expert_config.size)) * batch
         with timer.device:
@@ -131,9 +134,11 @@ def tower_rows(config: ModelConfig, batch: int, dtype: torch.dtype, timer: Timer
         expert = expert.to(timer.device, dtype)
         redraw(expert)
         views = torch.rand(batch, 3, *expert_config.size, device=timer.device, dtype=dtype)
-        ways: dict[str, Any] = {"eager": expert, "compiled": torch.compile(expert)}
+        ways: dict[str, Any] = {"eager": expert}
         if name in TIMM_MODELS and not tiny:
             ways["timm, eager"] = timm_model(name, expert_config.size).to(timer.device, dtype)
+        if compiled:
+            ways["compiled"] = torch.compile(expert)
         for how, module in ways.items():
             forward = module.forward_features if how.startswith("timm") else module
             with torch.inference_mode():
@@ -253,6 +258,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--batch", type=int, default=16, help="images of the towers' rows")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--compile", default="clip", help="experts that torch.compile runs too; ConvNeXt takes minutes")
     parser.add_argument("--tiny", action="store_true", help="miniature layers, to see that everything runs")
     parser.add_argument("--parts", default="towers,answer,train", help="which parts run")
     arguments = parser.parse_args()
@@ -264,7 +270,7 @@ def main() -> None:
     rows: list[Row] = []
     parts = arguments.parts.split(",")
     if "towers" in parts:
-        rows += tower_rows(x5, arguments.batch, dtype, timer, peak, arguments.tiny)
+        rows += tower_rows(x5, arguments, dtype, timer, peak)
     if "answer" in parts:
         rows += answering_rows("X5, 0.5 B", small, timer, peak, dtype)
         free(timer)

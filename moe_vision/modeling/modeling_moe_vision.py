@@ -20,6 +20,7 @@ from moe_vision.modeling.generation import MoeVisionGenerationMixin
 from moe_vision.modeling.placeholders import check_placeholders, hidden_from, with_kept
 from moe_vision.modeling.tower import MoeVisionTower
 from moe_vision.modeling.turns import question_mask
+from moe_vision.modeling.untouched import is_sharded, with_zero_gradients
 from moe_vision.slicing.pack import pack, places
 from moe_vision.slicing.plan import Plan, Size
 from moe_vision.types import VisualTokens
@@ -322,6 +323,23 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
             embeddings |= zip(ids, rows, strict=True)
         return embeddings
 
+    def unused(self, images: bool) -> list[torch.Tensor]:
+        """What is to get zero gradients in a batch: the parameters of all vision modules. images: whether it had any;
+        some use neither slices nor their markers nor the selector.
+
+        A sharded vision tower has to run in every process: on a black view, whose tokens get the zeros.
+        """
+        modules = (self.multi_modal_projector, self.selector, self.markers, self.vision_tower)
+        found = [p for module in modules if module is not None for p in module.parameters()]
+        whole: list[torch.Tensor] = [p for p in found if not is_sharded(p)]
+        if images or not self.policy.one_view or len(whole) == len(found):
+            return whole
+        (view,) = self.policy.plan((64, 64)).views
+        table: Any = self.get_input_embeddings()
+        black = torch.zeros(1, 3, *view.size, dtype=self.vision_tower.dtype, device=table.weight.device)
+        features: Any = self.get_image_features(black, return_dict=True)
+        return [*features.pooler_output, *whole]
+
     def splice(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, visual_tokens: torch.Tensor
     ) -> torch.Tensor:
@@ -378,6 +396,8 @@ class MoeVisionModel(MoeVisionPreTrainedModel):
                     counted: Any = (attention_mask.cumsum(-1) - 1).clamp(min=0)
                     position_ids = counted[:, -valid.shape[1] :]
             inputs_embeds = self.splice(input_ids, inputs_embeds, visual_tokens)
+        if torch.is_grad_enabled() and (encoded is None or not self.policy.one_view):
+            inputs_embeds = with_zero_gradients(inputs_embeds, self.unused(encoded is not None))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

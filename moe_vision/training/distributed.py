@@ -67,6 +67,7 @@ def main_console(console: Console | None) -> Console:
 def shard_sensibly(trainer: Trainer, model: MoeVisionForConditionalGeneration, rates: Mapping[str, float]) -> None:
     """Tell FSDP2 what to wrap: every block of the language model and of experts that train. Frozen experts stay whole
     on each process: they have neither gradients nor optimizer state to share, and gathering them would cost each step.
+    Experts that train on slices are gathered with the rest of the model, as often in every process.
 
     Does nothing where the launch is not FSDP. Raises ValueError for its first version.
     """
@@ -79,6 +80,8 @@ def shard_sensibly(trainer: Trainer, model: MoeVisionForConditionalGeneration, r
     experts = model.model.vision_tower.experts
     frozen = [expert for name, expert in experts.items() if not touches(f"experts.{name}", rates)]
     trained = [expert for name, expert in experts.items() if touches(f"experts.{name}", rates)]
+    if not model.model.policy.one_view:  # processes would run them for other numbers of sizes, and wait for ever
+        trained = []
     names = {type(b).__name__ for module in (model.model.language_model, *trained) for b in blocks_of(module)}
     plugin.transformer_cls_names_to_wrap = sorted(names)
     plugin.ignored_modules = frozen

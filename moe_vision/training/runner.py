@@ -19,6 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from moe_vision.config import ConfigError, Problem
 from moe_vision.data.collate import Collator, ConversationDataset
@@ -317,6 +318,8 @@ def run_stage(
         report_to=config.report_to or "none",
         train_sampling_strategy="group_by_length" if stage.group_by_length else "random",
     )
+    if is_deepspeed_zero3_enabled() and not all(record.images for record in samples.records):
+        stage = stage.model_copy(update={"cache_features": False})  # sharded experts run in all processes or in none
     known = stage_inputs(cast(Any, model).to(arguments.device), processor, samples.records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from moe_vision.training import distributed
+from moe_vision.data.collate import Collator
+from moe_vision.training import distributed, runner
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
-from tests.unit.toy import lengthen_answers, train_values
+from tests.unit.toy import drop_images, lengthen_answers, train_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,9 +47,11 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 def values(folder: Path, batch_size: int) -> dict[str, Any]:
     """Ten steps of the projector, of which the first and the last are logged, and three of an expert and all behind it,
     without dropout: each process would draw its own. Eight pictures are two whole batches of four; their answers differ
-    in length, so that a mean of the processes' means would show."""
+    in length, so that a mean of the processes' means would show. Five records have no image: in some steps only one
+    process has any."""
     made = train_values(folder, batch_size=batch_size)
     lengthen_answers(folder / "data" / "data.json")
+    drop_images(folder / "data" / "data.json", (0, 2, 3, 5, 6))
     made["model"]["language_model"]["architecture"]["attention_dropout"] = 0.0
     made["stages"][0] |= {"max_steps": 10, "save_steps": 10}
     made["stages"][1] |= {"max_steps": 3, "cache_features": False}
@@ -55,11 +59,29 @@ def values(folder: Path, batch_size: int) -> dict[str, Any]:
     return made
 
 
+class Watching(Collator):
+    """Notes for each batch of four whether its first two and its last two records have images: the batches of two
+    processes."""
+
+    def __init__(self, halves: list[tuple[bool, bool]], pad_token_id: int) -> None:
+        super().__init__(pad_token_id)
+        self.halves = halves
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        first, last = (any({"mixed_tokens", "pixel_values"} & item.keys() for item in items[i : i + 2]) for i in (0, 2))
+        self.halves.append((first, last))
+        return super().__call__(items)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one` trained in one process on four records a step, and `two.yaml`, which has two on each process."""
     folder = tmp_path_factory.mktemp("distributed")
-    train(TrainConfig.model_validate(values(folder, 4)), folder / "one")
+    halves: list[tuple[bool, bool]] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runner, "Collator", partial(Watching, halves))
+        train(TrainConfig.model_validate(values(folder, 4)), folder / "one")
+    assert {(True, False), (False, True)} & set(halves[:10]) and {(True, False), (False, True)} & set(halves[10:])
     (folder / "two.yaml").write_text(yaml.safe_dump(values(folder, 2)))
     return folder
 

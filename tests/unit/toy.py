@@ -1,6 +1,7 @@
 """A fused model of two miniature experts with random weights, and pictures with questions, for tests of training."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def lengthen_answers(path: Path) -> None:
         answer = record["conversations"][1]
         answer["value"] = " ".join([answer["value"]] * (1 + number % 4))
     path.write_text(json.dumps(records), encoding="utf-8")
+
+
+def drop_images(path: Path, records: Collection[int]) -> None:
+    """Take the images of these records of a `write_data` file away, and their markers."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for number in records:
+        del values[number]["image"]
+        question = values[number]["conversations"][0]
+        question["value"] = question["value"].removeprefix("<image>\n")
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def train_values(folder: Path, **stage: Any) -> dict[str, Any]:

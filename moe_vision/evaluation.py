@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moe_vision.data.chat import image_tokens, message, render
@@ -18,6 +19,10 @@ from moe_vision.modeling.compose import load
 
 Pictures = Callable[[Sequence[Path]], dict[str, Any]]
 """From paths of pictures to what stands for them: the model's inputs `pixel_values`, `mixed_tokens`, `feature_maps`."""
+
+
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Greedy decoding, whatever the generation defaults of the language model."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,24 @@ def generate(
     encoded: dict[str, Any] = {}
     if pictures:
         encoded["mm_encoder_outputs"] = {"image": encode(model, processor, pictures, known)}
-    output: Any = model.generate(
-        **inputs, **encoded, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, do_sample=False
-    )
+    lengths = answer_lengths(model.generation_config, inputs["input_ids"].shape[1], max_new_tokens, min_new_tokens)
+    settings: Any = GREEDY | lengths
+    output: Any = model.generate(**inputs, **encoded, **settings)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def answer_lengths(
+    defaults: GenerationConfig, prompt: int, max_new_tokens: int, min_new_tokens: int | None
+) -> dict[str, int]:
+    """Arguments of `generate` for answers of these lengths in tokens. transformers warns in each call where
+    `max_new_tokens` meets a default `max_length`, which counts the prompt too: then that one is given."""
+    lengths = {}
+    for name, tokens in (("max", max_new_tokens), ("min", min_new_tokens)):
+        if tokens is not None and getattr(defaults, f"{name}_length") is None:
+            lengths[f"{name}_new_tokens"] = tokens
+        elif tokens is not None:
+            lengths[f"{name}_length"] = prompt + tokens
+    return lengths
 
 
 def with_placeholders(text: str, images: Sequence[Path], processor: MoeVisionProcessor) -> str:

@@ -15,7 +15,15 @@ from transformers import LlamaConfig
 
 from moe_vision.experts.weights import WeightsError, fitted, listed, read_state_dict, resolve
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.modeling.compose import load_tokenizer, make_processor, marker_ids, question_turns, save
+from moe_vision.modeling.compose import (
+    fit_vocabulary,
+    load_tokenizer,
+    make_processor,
+    marker_ids,
+    question_turns,
+    save,
+)
+from moe_vision.modeling.generation_defaults import generation_config_of
 from moe_vision.modeling.model_config import ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
@@ -132,12 +140,8 @@ def assemble(
     found = by_our_names(published_weights(source), model)
     check_weights(found, model, source)
     model.load_state_dict(found, assign=True)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
-    # The placeholder is new to the language model, which has not learnt not to say it.
-    model.generation_config.suppress_tokens = [image_token_id]
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    fit_vocabulary(model, tokenizer)
+    model.generation_config = generation_config_of(str(source), model.config.text_config, tokenizer, image_token_id)
     processor = make_processor(config, hf_config, tokenizer)
     processor.chat_template = template
     save(model, processor, output)

@@ -20,6 +20,7 @@ from moe_vision.modeling import (
     MoeVisionImageProcessor,
     MoeVisionProcessor,
 )
+from moe_vision.modeling.generation_defaults import generation_config_of
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.modeling.turns import Turns, turns_of
 
@@ -41,6 +42,7 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     tokenizer = load_tokenizer(located(source), language.image_token)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
+    defaults = generation_config_of(language.pretrained, hf_config.text_config, tokenizer, image_token_id)
     model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
     check_language_model(model, language.pretrained or model.config.text_config.model_type)
     for name, expert in config.experts.items():
@@ -49,12 +51,17 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     compile_experts(model, config)
     if language.pretrained is not None:
         load_language_model(model, located(language.pretrained))
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
-    if language.pretrained is not None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    fit_vocabulary(model, tokenizer)
+    model.generation_config = defaults
     return model, make_processor(config, hf_config, tokenizer)
+
+
+def fit_vocabulary(model: MoeVisionForConditionalGeneration, tokenizer: Any) -> None:
+    """Add rows to embeddings and head where the tokenizer has ids beyond them. Published embeddings are often padded,
+    and then keep their size. Ids may have gaps, so the largest one counts, not their number."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > model.config.text_config.vocab_size:
+        model.resize_token_embeddings(needed)
 
 
 def compile_experts(model: MoeVisionForConditionalGeneration, config: ModelConfig) -> None:
@@ -70,6 +77,11 @@ def load_tokenizer(source: str, image_token: str) -> Any:
     if getattr(tokenizer, "image_token", None) is None:
         tokenizer = AutoTokenizer.from_pretrained(source, extra_special_tokens={"image_token": image_token})
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer '{source}' has no padding token and no end token: add `pad_token` and `eos_token` to "
+                "its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
@@ -118,11 +130,20 @@ def check_language_model(model: MoeVisionForConditionalGeneration, source: str) 
 
 
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
-    """Copy a causal language model's weights into the fused model, exactly. Raises ValueError if it then does not speak
-    as it did: some families do more to their logits than a linear layer.
+    """Copy a causal language model's weights into the fused model, exactly, in fp32.
+
+    A multimodal model gives its text decoder. Raises ValueError if the logits change: some families do more to them
+    than a linear layer.
     """
     causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    model.model.language_model.load_state_dict(causal.base_model.state_dict())
+    kind = type(model.model.language_model)
+    decoder = next((module for module in causal.modules() if type(module) is kind), None)
+    if decoder is None:
+        raise ValueError(
+            f"language model '{source}' ({causal.config.model_type}) has no {kind.__name__}, which its text config "
+            "makes: choose another language model"
+        )
+    model.model.language_model.load_state_dict(decoder.state_dict())
     if not model.config.tie_word_embeddings:
         model.lm_head.load_state_dict(causal.get_output_embeddings().state_dict(), strict=False)  # compared below
     training = model.training

@@ -94,8 +94,15 @@ class LanguageModelConfig(Config):
             config = AutoConfig.for_model(self.architecture["model_type"], **values)
         else:
             assert self.pretrained is not None
-            config = AutoConfig.from_pretrained(located(self.pretrained)).get_text_config()
+            whole = AutoConfig.from_pretrained(located(self.pretrained))
+            if getattr(whole, "quantization_config", None) is not None:
+                raise ValueError(
+                    f"language model '{self.pretrained}' is quantised (quantization_config in its config.json), and "
+                    "training needs its full weights: choose the folder that it was quantised from"
+                )
+            config = whole.get_text_config()
             config._name_or_path = ""  # a path would tell about the machine wherever the model is published
+        config.dtype = None  # of the source's files; a fused model has one dtype, and its language model is built in it
         scaled = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
         if scaled:
             raise ValueError(f"language model '{self.pretrained or config.model_type}' changes its logits by {scaled}, "

@@ -1,11 +1,12 @@
 """Language models of several families speak within a fused model as they do by themselves, or are refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moe_vision.config import validate
 from moe_vision.modeling.compose import compose
@@ -63,6 +64,21 @@ def test_a_family_speaks_as_it_did(family: str, tied: bool, tmp_path: Path) -> N
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_the_text_decoder_of_a_multimodal_folder(tmp_path: Path) -> None:
+    """Gemma 3 from 4B on is published with its own vision tower, which a fused model leaves out."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    text = {**DECODER, "head_dim": 16, "vocab_size": len(tokenizer)}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    native = AutoModelForImageTextToText.from_config(config).eval()
+    native.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, ids = composed(tmp_path), torch.arange(5, 40)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, native(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("family", "values", "cause"),
     [("phi", DECODER, "differ from its own by up to"),
@@ -77,4 +93,13 @@ def test_a_family_that_cannot_be_fused_is_refused(
 ) -> None:
     saved(tmp_path, family, **values)
     with pytest.raises(ValueError, match=rf"{cause}.*choose another language model"):
+        composed(tmp_path)
+
+
+def test_a_quantised_language_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "llama", **DECODER)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"is quantised \(quantization_config .*choose the folder"):
         composed(tmp_path)

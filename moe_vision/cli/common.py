@@ -1,0 +1,62 @@
+"""The Typer applications, options of every command, and types of options that several commands share."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Mixtures of vision experts in multimodal language models.\n\n"
+    "Start with [bold]moe-vision quickstart[/bold], then [bold]show[/bold] a config, [bold]train[/bold] it, "
+    "[bold]eval[/bold]uate it, [bold]generate[/bold] answers, [bold]export[/bold] it.",
+)
+micro_app = typer.Typer(
+    no_args_is_help=True, help="The miniature experts and language model that ship with the package."
+)
+app.add_typer(micro_app, name="micro")
+import_app = typer.Typer(no_args_is_help=True, help="Bring in checkpoints that other projects published.")
+app.add_typer(import_app, name="import")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE ...", help="Overrides, as [bold]experts.clip.layer=-2[/bold]; "
+                   "[bold]experts.sam=null[/bold] takes an expert out; of the model that a config of "
+                   "training, comparison or search names, [bold]model.experts.sam=null[/bold]."),
+]  # fmt: skip
+ImportOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder to write; by default SOURCE's name and -moe-vision, here.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Import this file first: it registers what a model folder was made with.")
+    ] = None,
+) -> None:
+    if version:
+        from moe_vision import __version__
+
+        print(__version__)
+        raise typer.Exit
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for path in plugin or []:
+        from moe_vision.config import import_plugin
+
+        import_plugin(path.resolve())

@@ -1,0 +1,116 @@
+"""Commands about trained models: eval, generate, export, verify."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moe_vision.cli.common import AsJson, Overwrite, app, print_json
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
+    data: Annotated[Path, typer.Argument(help="LLaVA-format JSON or JSONL; `task` groups the scores.")],
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths start from.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 16,
+    predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every question of a file and print the share of exact matches, per task."""
+    from moe_vision.data.records import load_records
+    from moe_vision.evaluation import evaluate, load_on_accelerator
+    from moe_vision.viz.tables import accuracy_table
+
+    records = load_records(data, image_root)
+    report = evaluate(*load_on_accelerator(model), records, batch_size, max_new_tokens)
+    if predictions is not None:
+        predictions.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+    if as_json:
+        print_json({"average": report.average, "by_task": report.by_task, "count": report.count})
+    else:
+        Console().print(accuracy_table({model.name: report.by_task}))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture; give it again for more.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question about pictures on disk."""
+    from moe_vision.data.records import load_image
+    from moe_vision.evaluation import answer, load_on_accelerator
+
+    images = image or []
+    for path in images:
+        load_image(path)
+    text = answer(*load_on_accelerator(model), question, images, max_new_tokens)
+    if as_json:
+        print_json({"question": question, "images": [str(path) for path in images], "answer": text})
+    else:
+        print(text)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's output or its model/ folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the saved one by default.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    metrics: Annotated[
+        Path | None, typer.Option(help="JSON of results for the card, as `eval --json` prints it.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME/MODEL", help="Upload the folder to this repository on the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is new.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a Hugging Face folder that loads without this package, and prove it in a second process."""
+    from moe_vision.export import export as run
+
+    results = None if metrics is None else read_metrics(metrics)
+    report = run(
+        source, output, dtype=dtype, max_shard_size=max_shard_size, metrics=results, push=push, private=private,
+        overwrite=overwrite,
+    )  # fmt: skip
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report.summary())
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Results for a card. Raises ValueError where the file holds none."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"metrics '{path}' is not JSON ({error}): give what `eval --json` printed") from None
+    if not isinstance(results, dict):
+        raise ValueError(f"metrics '{path}' holds a JSON {type(results).__name__}: give an object of names and values")
+    return results
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An export, or a run's output or its model/ folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a folder is whole and loads without this package, as `export` does."""
+    from moe_vision.export import verify as run
+
+    result = run(folder)
+    if as_json:
+        print_json(result)
+    else:
+        print(f"'{folder}' loads without moe_vision; logits within {result['max_difference']:.3g} of its own here, "
+              f"{result['new_tokens']} tokens generated")  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from moe_vision.experts.base import Expert, ExpertConfig, ExpertSpec
 from moe_vision.experts.key_layouts import LAYOUTS, KeyLayout
+from moe_vision.experts.weight_values import StoredWeights, WeightsError, check_values, may_be_zero, origin
 from moe_vision.registry import suggest
 
 PACKAGE_SCHEME = "moe_vision:"
@@ -23,10 +25,6 @@ SEGMENT_ANYTHING_URLS = {
     "vit_h": "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
 }
 """The published files, from segment_anything's README; the library itself downloads nothing."""
-
-
-class WeightsError(ValueError):
-    """Weights that are missing, broken, or belong to something else."""
 
 
 def packaged(name: str) -> Path:
@@ -69,6 +67,10 @@ def fitted(expert: Expert, state: Mapping[str, torch.Tensor], source: str) -> di
             f"shapes {listed(best.misshapen)}. "
             "Choose the variant that these weights belong to, or pretrained: null for random weights"
         )
+    floating = {key: value for key, value in best.found.items() if wanted[key].is_floating_point()}
+    check_values(
+        floating, lambda key: may_be_zero(key, wanted[key]), lambda key: origin(best.found[key], key, source, state)
+    )
     return best.found
 
 
@@ -162,19 +164,36 @@ def read_library(source: str) -> dict[str, torch.Tensor]:
         raise WeightsError(f"pretrained '{source}': {library} cannot give these weights ({error})") from error
 
 
-def read_state_dict(files: list[Path]) -> dict[str, torch.Tensor]:
+def read_state_dict(files: list[Path]) -> StoredWeights:
     """Read and join files; pickles with `weights_only=True`. Raises WeightsError naming the file that is broken."""
-    state: dict[str, torch.Tensor] = {}
+    state = StoredWeights()
     for file in files:
         try:
             if file.suffix == ".safetensors":
-                state |= load_file(file)
+                loaded: Any = load_file(file)
             else:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
-                state |= loaded.get("model", loaded.get("state_dict", loaded))
         except (SafetensorError, RuntimeError, EOFError, OSError, UnpicklingError) as error:
             raise WeightsError(f"'{file}' cannot be read ({error}): it may be truncated, fetch it again") from error
+        for key, value in tensors_of(loaded, file).items():
+            state[key] = value
+            state.files[key] = file
     return state
+
+
+def tensors_of(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what a file holds. Raises WeightsError where it holds none, or values that are no tensors."""
+    hint = "give a file with a state dict: names and tensors, below `model` or `state_dict` if not at the top"
+    for name in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and name in loaded:
+            loaded = loaded[name]
+            break
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"'{file}' holds a {type(loaded).__name__} and no state dict: {hint}")
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise WeightsError(f"'{file}': {key!r} is a {type(value).__name__} and no tensor: {hint}")
+    return dict(loaded)
 
 
 def listed(names: list[str]) -> str:

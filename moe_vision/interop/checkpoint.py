@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from moe_vision.experts.weight_values import check_values, may_be_zero, origin
 from moe_vision.experts.weights import WeightsError, fitted, listed, read_state_dict, resolve
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.compose import (
@@ -137,8 +138,10 @@ def assemble(
     hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     with torch.device("meta"):
         model = MoeVisionForConditionalGeneration(hf_config)
-    found = by_our_names(published_weights(source), model)
+    published = published_weights(source)
+    found = by_our_names(published, model)
     check_weights(found, model, source)
+    check_published_values(found, model, source, published)
     model.load_state_dict(found, assign=True)
     fit_vocabulary(model, tokenizer)
     model.generation_config = generation_config_of(str(source), model.config.text_config, tokenizer, image_token_id)
@@ -163,6 +166,19 @@ def check_weights(found: Weights, model: MoeVisionForConditionalGeneration, sour
             f"weights in '{source}' do not fit its config.json: missing {listed(missing)}; unexpected "
             f"{listed(unexpected)}; shapes {listed(misshapen)}. Fetch the folder again, or give overrides that fit it"
         )
+
+
+def check_published_values(
+    found: Weights, model: MoeVisionForConditionalGeneration, source: Path, published: Weights
+) -> None:
+    """Raises WeightsError naming the file and the tensor where weights are unusable, see `check_values`."""
+    wanted = model.state_dict()
+    floating = {key: value for key, value in found.items() if wanted[key].is_floating_point()}
+    check_values(
+        floating,
+        lambda key: may_be_zero(key, wanted[key]),
+        lambda key: origin(found[key], key, str(source), published),
+    )
 
 
 def language_key(key: str) -> str:

@@ -6,13 +6,14 @@ ModelConfig ─ compose() ─ model, processor ─ save_pretrained ─ folder �
 import copy
 import inspect
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_vision.experts.weight_values import WeightsError
 from moe_vision.experts.weights import load_expert_weights, located
 from moe_vision.modeling import (
     MoeVisionConfig,
@@ -20,8 +21,16 @@ from moe_vision.modeling import (
     MoeVisionImageProcessor,
     MoeVisionProcessor,
 )
+from moe_vision.modeling.folder_checks import InitialZeros, check_objects, load_processor, read_skeleton
 from moe_vision.modeling.generation_defaults import generation_config_of
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.modeling.model_files import reading
+from moe_vision.modeling.stored_weights import (
+    check_parameters,
+    check_types,
+    stored_types,
+    weight_files,
+)
 from moe_vision.modeling.turns import Turns, turns_of
 
 __all__ = ["ModelConfig", "compose", "load", "save"]
@@ -132,18 +141,27 @@ def check_language_model(model: MoeVisionForConditionalGeneration, source: str) 
 def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
     """Copy a causal language model's weights into the fused model, exactly, in fp32.
 
-    A multimodal model gives its text decoder. Raises ValueError if the logits change: some families do more to them
-    than a linear layer.
+    A multimodal model gives its text decoder. Raises WeightsError if weights are missing or unusable, ValueError if the
+    logits change: some families do more to them than a linear layer.
     """
-    causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    kind = type(model.model.language_model)
-    decoder = next((module for module in causal.modules() if type(module) is kind), None)
+    stored = stored_types(weight_files(source))
+    check_types(stored, set())
+    with reading(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    causal, info = loaded[0].eval(), loaded[1]
+    check_loaded(info, ("missing_keys", "mismatched_keys"), source)
+    language: Any = model.model.language_model
+    decoder = next((module for module in causal.modules() if type(module) is type(language)), None)
     if decoder is None:
         raise ValueError(
-            f"language model '{source}' ({causal.config.model_type}) has no {kind.__name__}, which its text config "
-            "makes: choose another language model"
+            f"language model '{source}' ({causal.config.model_type}) has no {type(language).__name__}, which its text "
+            "config makes: choose another language model"
         )
-    model.model.language_model.load_state_dict(decoder.state_dict())
+    check_parameters(decoder, lambda key: not language.get_parameter(key).any(), stored, source)
+    check_parameters(causal.get_output_embeddings(), lambda key: False, stored, source)
+    language.load_state_dict(decoder.state_dict())
     if not model.config.tie_word_embeddings:
         model.lm_head.load_state_dict(causal.get_output_embeddings().state_dict(), strict=False)  # compared below
     training = model.training
@@ -156,6 +174,17 @@ def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -
             f"language model '{source}' ({causal.config.model_type}): as part of a fused model its logits differ from "
             f"its own by up to {difference:.3g}, because its head is more than a linear layer without bias: choose "
             "another language model"
+        )
+
+
+def check_loaded(info: Mapping[str, Any], kinds: Sequence[str], source: Path | str) -> None:
+    """Raise WeightsError if transformers' loading info lists keys of these kinds."""
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
+    if wrong:
+        details = "; ".join(f"{kind.removesuffix('_keys')}: {keys[:4]}" for kind, keys in wrong.items())
+        raise WeightsError(
+            f"the weights in '{source}' belong to another composition than its config.json ({details}): restore the "
+            "folder, or train again"
         )
 
 
@@ -199,16 +228,16 @@ def load(
         raise ValueError(
             f"'{folder}' is no model folder: it has no config.json; give the output of an ended run, or an export"
         )
-    try:
+    check_objects(folder)
+    skeleton = read_skeleton(folder)
+    files = weight_files(str(folder))
+    stored = stored_types(files)
+    check_types(stored, {key for key, value in skeleton.state_dict().items() if value.is_floating_point()})
+    with reading(f"{folder}/{files[0].name if len(files) == 1 else '*'}"):
         loaded: Any = MoeVisionForConditionalGeneration.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except SafetensorError as error:
-        raise ValueError(f"the weights in '{folder}' cannot be read ({error}): copy them again") from error
     model, info = loaded
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
-    if wrong:
-        details = "; ".join(f"{kind.removesuffix('_keys')}: {keys[:4]}" for kind, keys in wrong.items())
-        raise ValueError(f"the weights in '{folder}' belong to another composition than its config.json ({details}): "
-                         "restore the folder, or train again")  # fmt: skip
-    return model.eval(), MoeVisionProcessor.from_pretrained(folder)
+    check_loaded(info, [kind for kind in info if kind.endswith("_keys")], folder)
+    check_parameters(model, InitialZeros(model.config), stored, str(folder))
+    return model.eval(), load_processor(folder, model.config)

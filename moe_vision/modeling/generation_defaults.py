@@ -10,6 +10,8 @@ from moe_vision.modeling.model_files import ModelFilesError, find_file, read_obj
 
 FILE = "generation_config.json"
 
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
+
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "typical_p", "min_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 """Settings that have no effect unless `do_sample` is true. transformers refuses to save them then."""
 

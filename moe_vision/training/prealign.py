@@ -17,6 +17,7 @@ from moe_vision.experts import Expert
 from moe_vision.experts.weights import load_expert_weights
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.modeling.model_files import reading
 from moe_vision.training.checkpoints import sync, writing
 
 
@@ -84,7 +85,7 @@ def save_expert(
 def load_aligned(model: MoeVisionForConditionalGeneration, name: str, path: Path, digest: str) -> None:
     """Put an aligned expert into a model. Raises ValueError if another config aligned it, WeightsError if it does not
     fit."""
-    with safe_open(path, framework="pt") as file:
+    with reading(path), safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get("aligned_by")
     if found != digest:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Importing an Eagle checkpoint folder: one of the published layout, made of golden weights and a tiny Llama."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_safetensors_and_x4(published: Any, tmp_path: Path) -> None:
             if "vision_towers.2." in key:
                 continue
         renumbered[key] = value.clone()
-    renumbered["model.mm_projector.0.weight"] = torch.zeros(48, 144)
+    renumbered["model.mm_projector.0.weight"] = torch.ones(48, 144)
     save_file(renumbered, source / "model.safetensors")
     towers = "clip-448;convnext-1024;det-1024;pix2struct-1024"
     config = json.loads((published[0] / "config.json").read_text()) | {"mm_vision_tower": towers}
@@ -166,3 +167,19 @@ def test_a_tokenizer_that_does_not_split_at_images_is_refused() -> None:
     llama.image_token = "<image>"
     with pytest.raises(CheckpointError, match=r"as LLaVA's does: fetch tokenizer\.model"):
         gap(llama)
+
+
+def test_unusable_weights_are_named_as_published(published: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(published[0], source)
+    key = "model.layers.0.mlp.up_proj.weight"
+    states = {file: torch.load(file, weights_only=True) for file in source.glob("*.bin")}
+    ((file, state),) = ((file, state) for file, state in states.items() if key in state)
+    for change, problem in (
+        (lambda weight: weight / 0, "are not finite"), (lambda weight: weight * 0, "is zero everywhere"),
+        (lambda weight: weight.to(torch.int8), "is int8 instead of floating point"),
+    ):  # fmt: skip
+        torch.save({**state, key: change(state[key].clone())}, file)
+        with pytest.raises(ValueError, match=rf"{file.name}': {key} .*{problem}"):
+            import_eagle(source, tmp_path / "ours", OVERRIDES)
+        assert not (tmp_path / "ours").exists()

@@ -267,6 +267,8 @@ def run(
     model, processor = load_on_accelerator(train(schedule, folder, console=console, cache=cache))
     scores = evaluate(model, processor, test)
     console.print(f"{contender.name}: {scores.average:.3f} of the test questions right", highlight=False)
+    for warning in scores.warnings():
+        console.print(f"warning: {warning}", markup=False, highlight=False)
     steps, images_per_second = training_speed(folder, schedule, images)
     tokens_per_second = generation_speed(model, processor, test[:TIMED_PROMPTS])
     seconds = time.perf_counter() - started

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -13,13 +13,17 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moe_vision.data.chat import image_tokens, message, render
+from moe_vision.data.faults import DataError, Fault, RecordFault, problems_of
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load
+from moe_vision.slicing import PlanError
 
 Pictures = Callable[[Sequence[Path]], dict[str, Any]]
 """From paths of pictures to what stands for them: the model's inputs `pixel_values`, `mixed_tokens`, `feature_maps`."""
 
+
+OnFault = Literal["fatal", "skip"]
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Greedy decoding, whatever the generation defaults of the language model."""
@@ -41,15 +45,38 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Exact match by task, its plain average over tasks, and every prediction."""
+    """Exact match by task, its plain average over tasks, and every prediction. skipped: records that were left out."""
 
     by_task: dict[str, float]
     average: float
     count: int
     predictions: list[Prediction]
+    skipped: tuple[Fault, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def warnings(self) -> list[str]:
+        """Results that point to a fault rather than to a weak model, each with a hint."""
+        found = []
+        if not any(prediction.prediction.strip() for prediction in self.predictions) and self.average < 1:
+            found.append(
+                f"all {self.count} answers are empty: the model generates its end token first. Check that training "
+                "lowered the loss (curves/ of its output), on answers that are not empty, with this chat template"
+            )
+        elif not any(self.by_task.values()):
+            first = self.predictions[0]
+            found.append(
+                f"every task scores 0: no answer equals the expected one, as in record {first.id!r}, where "
+                f"{shortened(first.answer)} is expected and the answer is {shortened(first.prediction)}. Exact match "
+                "needs answers worded as in training, and --max-new-tokens that they fit in"
+            )
+        return found
+
+
+def shortened(text: str) -> str:
+    """A text in quotes, of at most 60 characters."""
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
 
 
 def accelerator() -> torch.device:
@@ -71,15 +98,20 @@ def evaluate(
     batch_size: int = 64,
     max_new_tokens: int = 16,
     pictures: Pictures | None = None,
+    on_fault: OnFault = "fatal",
 ) -> EvalReport:
     """Answer the last question of every record, greedily, in left-padded batches, and score by exact match.
 
-    pictures: what experts made of the pictures before, where they are not sliced; they are decoded if null. Raises
-    ValueError if there is no record.
+    pictures: what experts made of the pictures before, where they are not sliced; they are decoded if None. on_fault:
+    whether a question that does not fit in the context, or an image that the slicing refuses, ends the evaluation
+    before it begins, or is left out. Raises ValueError if there is no record, DataError naming all faults.
     """
     if not records:
         raise ValueError("there is no record to evaluate: give at least one")
     model.eval()
+    records, skipped = fitting(model, processor, records, max_new_tokens)
+    if skipped and (on_fault == "fatal" or not records):
+        raise DataError("the questions", problems_of(skipped))
     predictions = []
     for start in range(0, len(records), batch_size):
         chunk = records[start : start + batch_size]
@@ -90,7 +122,45 @@ def evaluate(
     for prediction in predictions:
         grouped[prediction.task].append(prediction.right)
     by_task = {task: sum(right) / len(right) for task, right in grouped.items()}
-    return EvalReport(by_task, sum(by_task.values()) / len(by_task), len(predictions), predictions)
+    return EvalReport(by_task, sum(by_task.values()) / len(by_task), len(predictions), predictions, tuple(skipped))
+
+
+def fitting(
+    model: MoeVisionForConditionalGeneration,
+    processor: MoeVisionProcessor,
+    records: Sequence[Record],
+    max_new_tokens: int,
+) -> tuple[list[Record], list[Fault]]:
+    """Records whose last question can be answered, and the faults of the others."""
+    context = context_of(model)
+    fit, faults = [], []
+    for record in records:
+        try:
+            prompt = prompt_text(processor, record.turns[:-1], record.images)
+            tokens = len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            check_context(tokens, max_new_tokens, context, f"record {record.id!r}: the question")
+        except PlanError as error:
+            faults.append(Fault(record.id, "image_size", f"record {record.id!r}: {error}"))
+        except RecordFault as error:
+            faults.append(Fault(record.id, error.reason, str(error)))
+        else:
+            fit.append(record)
+    return fit, faults
+
+
+def context_of(model: MoeVisionForConditionalGeneration) -> int | None:
+    """Positions that the language model was made for; None if it has no limit."""
+    return getattr(model.config.text_config, "max_position_embeddings", None)
+
+
+def check_context(tokens: int, max_new_tokens: int, context: int | None, what: str) -> None:
+    """Raise RecordFault if a prompt of so many tokens and an answer do not fit in the context together."""
+    if context is not None and tokens + max_new_tokens > context:
+        raise RecordFault(
+            f"{what} has {tokens} tokens with those of its images, which with {max_new_tokens} of the answer are more "
+            f"than the language model's context of {context}: shorten it, give fewer images, or lower max_new_tokens",
+            "too_long",
+        )
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -109,18 +179,19 @@ def generate(
 ) -> list[str]:
     """Greedy answers to conversations with their pictures. Each distinct picture of the batch is encoded once.
 
-    known: as `pictures` of `evaluate`.
+    known: as `pictures` of `evaluate`. Raises RecordFault if a prompt and its answer do not fit in the context.
     """
-    texts = [render(processor, [message(turn) for turn in turns], generation=True) for turns, _ in prompts]
     pictures = [(path, len(images)) for _, images in prompts for path in images]
     inputs = processor.tokenizer(
-        [with_placeholders(text, images, processor) for text, (_, images) in zip(texts, prompts, strict=True)],
+        [prompt_text(processor, turns, images) for turns, images in prompts],
         padding=True,
         padding_side="left",
         add_special_tokens=False,
         return_token_type_ids=False,
         return_tensors="pt",
     ).to(model.device)
+    for tokens in inputs["attention_mask"].sum(1).tolist():
+        check_context(tokens, max_new_tokens, context_of(model), "the question")
     encoded: dict[str, Any] = {}
     if pictures:
         encoded["mm_encoder_outputs"] = {"image": encode(model, processor, pictures, known)}
@@ -142,6 +213,12 @@ def answer_lengths(
         elif tokens is not None:
             lengths[f"{name}_length"] = prompt + tokens
     return lengths
+
+
+def prompt_text(processor: MoeVisionProcessor, turns: Sequence[Turn], images: Sequence[Path]) -> str:
+    """A conversation as the tokenizer takes it, with the placeholders of its images, up to where the answer begins."""
+    text = render(processor, [message(turn) for turn in turns], generation=True)
+    return with_placeholders(text, images, processor)
 
 
 def with_placeholders(text: str, images: Sequence[Path], processor: MoeVisionProcessor) -> str:

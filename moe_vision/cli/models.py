@@ -1,6 +1,8 @@
 """Commands about trained models: eval, generate, export, verify."""
 
 import json
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +10,13 @@ import typer
 from rich.console import Console
 
 from moe_vision.cli.common import AsJson, Overwrite, app, print_json
+
+
+class FaultChoice(StrEnum):
+    """As `on_fault` of a data source."""
+
+    fatal = "fatal"
+    skip = "skip"
 
 
 @app.command("eval")
@@ -18,21 +27,45 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 16,
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSON file.")] = None,
+    on_fault: Annotated[
+        FaultChoice,
+        typer.Option(help="What a faulty record does: end the evaluation before it begins, or be left out."),
+    ] = FaultChoice.fatal,
     as_json: AsJson = False,
 ) -> None:
     """Answer every question of a file and print the share of exact matches, per task."""
-    from moe_vision.data.records import load_records
+    from moe_vision.data.faults import DataError, Fault, SourceReport, problems_of
+    from moe_vision.data.records import load_records, read_records
     from moe_vision.evaluation import evaluate, load_on_accelerator
     from moe_vision.viz.tables import accuracy_table
 
-    records = load_records(data, image_root)
-    report = evaluate(*load_on_accelerator(model), records, batch_size, max_new_tokens)
+    faults: list[Fault] = []
+    if on_fault is FaultChoice.skip:
+        records, faults = read_records(data, image_root or data.parent, verify=True)
+        if not records:
+            raise DataError(data, problems_of(faults))
+    else:
+        records = load_records(data, image_root)
+    report = evaluate(*load_on_accelerator(model), records, batch_size, max_new_tokens, on_fault=on_fault.value)
+    report = replace(report, skipped=(*faults, *report.skipped))
     if predictions is not None:
         predictions.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+    if report.skipped:
+        whole = SourceReport(str(data), report.count + len(report.skipped), report.count, report.count, report.skipped)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in whole.counts.items())
+        note(f"{len(report.skipped)} of {whole.read} records are left out: {reasons}; --predictions lists them")
+    for warning in report.warnings():
+        note(f"warning: {warning}")
     if as_json:
-        print_json({"average": report.average, "by_task": report.by_task, "count": report.count})
+        skipped = {"skipped": len(report.skipped)} if report.skipped else {}
+        print_json({"average": report.average, "by_task": report.by_task, "count": report.count, **skipped})
     else:
         Console().print(accuracy_table({model.name: report.by_task}))
+
+
+def note(text: str) -> None:
+    """Print a line for people to standard error, so that standard output holds results only."""
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 @app.command()
@@ -53,6 +86,11 @@ def generate(
     for path in images:
         load_image(path)
     text = answer(*load_on_accelerator(model), question, images, max_new_tokens)
+    if not text:
+        note(
+            "warning: the answer is empty: the model generates its end token first. Check that training lowered the "
+            "loss, on answers that are not empty, with this chat template"
+        )
     if as_json:
         print_json({"question": question, "images": [str(path) for path in images], "answer": text})
     else:

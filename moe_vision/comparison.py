@@ -29,13 +29,14 @@ from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import on_disk, records_of, settle, staged
 from moe_vision.training.features import FeatureCache
 from moe_vision.training.groups import learning_rates, within
+from moe_vision.training.identity import data_digests
 from moe_vision.training.loading import model_config
-from moe_vision.training.output import check_output, open_output
+from moe_vision.training.output import DATA_DIGESTS, LOCK, check_data, check_output, held, open_output
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig
 from moe_vision.viz.tables import COMPARED, compared_row, markdown_table, plus_minus
 
-OWN_NAMES = frozenset({"config.yaml", "data", "runs", "report.md", "results.json"})
+OWN_NAMES = frozenset({"config.yaml", "data", "runs", "report.md", "results.json", LOCK, DATA_DIGESTS})
 """What the output of a comparison holds."""
 
 TIMED_PROMPTS, TIMED_TOKENS, TIMED_REPEATS = 16, 16, 5
@@ -119,13 +120,24 @@ def compare(
     base = model_config(config)
     resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": base.to_plain()}, sort_keys=False)
     check_output(output, resolved, overwrite=overwrite, own=OWN_NAMES, what="the output of a comparison")
-    with staged(output, overwrite=overwrite) as folder:
-        for data in data_of(config):  # all is checked before an old output goes
-            records_of(data, folder, config.seed)
-        open_output(output, resolved, overwrite=overwrite)
-        settle(folder, output)
+    with held(output):
+        with staged(output, overwrite=overwrite) as folder:  # all is checked before an old output goes
+            read = {name: records_of(data, folder, config.seed) for name, data in data_of(config).items()}
+            digests = data_digests(read)
+            if not overwrite:
+                check_data(output, digests)
+            open_output(output, resolved, overwrite=overwrite)
+            write_atomically(output / DATA_DIGESTS, json.dumps(digests, indent=1))
+            settle(folder, output)
+        return compare_held(config, contenders, seeds, output, console)
+
+
+def compare_held(
+    config: CompareConfig, contenders: Sequence[Contender], seeds: int, output: Path, console: Console
+) -> dict[str, Any]:
+    """As `compare`, in an opened output that nobody else writes."""
     (output / "runs").mkdir(exist_ok=True)
-    *seen, test = [records_of(data, output / "data", config.seed) for data in data_of(config)]
+    *seen, test = [records_of(data, output / "data", config.seed) for data in data_of(config).values()]
     images = [sum(len(record.images) for record in records) / len(records) for records in seen]
     cache = FeatureCache()
     results = []
@@ -145,9 +157,10 @@ def compare(
     return summary
 
 
-def data_of(config: CompareConfig) -> list[DataConfig]:
-    """Of every stage, and of the test."""
-    return [data for data in (*(stage.data for stage in config.stages), config.test) if data is not None]
+def data_of(config: CompareConfig) -> dict[str, DataConfig]:
+    """Of every stage, and of the test, by a name for people."""
+    named = {f"stage '{stage.name}'": stage.data for stage in config.stages} | {"the test": config.test}
+    return {name: data for name, data in named.items() if data is not None}
 
 
 def plan(config: CompareConfig, names: Sequence[str]) -> list[Contender]:
@@ -327,7 +340,7 @@ def summarise(
             "tokens_per_second": over_seeds([run.tokens_per_second for run in runs]),
         }
     seeds = list(dict.fromkeys(result.seed for result in results))
-    data = [data.title for data in data_of(config)]
+    data = [data.title for data in data_of(config).values()]
     return {
         "seeds": seeds, "steps": results[0].steps, "questions": questions, "data": list(dict.fromkeys(data)),
         "seconds": sum(result.seconds for result in results), "mixers": mixers,

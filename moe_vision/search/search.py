@@ -70,7 +70,7 @@ def search(
     check_config(config, model)
     resolved = config.model_copy(update={"model": model.to_plain()}).model_dump(mode="json")
     identity = yaml.safe_dump({key: resolved[key] for key in DECIDES}, sort_keys=False)
-    check_output(output, identity, overwrite=overwrite, own=OWN_NAMES, what="the output of a search")
+    check_output(output, identity, overwrite=overwrite, own=OWN_NAMES, what="the output of a search", compared=dict)
     if output.exists() and overwrite:
         with opened(output):
             pass  # nobody else searches there

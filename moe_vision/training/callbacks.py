@@ -73,19 +73,31 @@ class ScheduleProgress(TrainerCallback):
         return (time.perf_counter() - self.started) / done * left if done else math.nan
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
+        if "loss" not in (logs or {}):
+            return
+        self.loss = logs["loss"]
+        self.progress.update(self.task, loss=self.loss)
+        if state.global_step == state.max_steps:  # its log comes after its end
+            self.print_line(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=self.completed(state), loss=self.loss)
-        tenth = max(1, state.max_steps // 10)
-        if not self.console.is_terminal and (state.global_step % tenth == 0 or state.global_step == state.max_steps):
-            seconds = time.perf_counter() - self.started
-            loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
-            self.console.print(
-                f"{self.position} {self.run}: step {state.global_step}/{state.max_steps}{loss}, {seconds:.0f} s; "
-                f"schedule: about {self.seconds_left(state):.0f} s left",
-                highlight=False,
-            )
+        if state.global_step == state.max_steps:
+            control.should_log = True
+        elif state.global_step % max(1, state.max_steps // 10) == 0:
+            self.print_line(state)
+
+    def print_line(self, state: Any) -> None:
+        """Where the run is, if there is no bar."""
+        if self.console.is_terminal:
+            return
+        seconds = time.perf_counter() - self.started
+        loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
+        self.console.print(
+            f"{self.position} {self.run}: step {state.global_step}/{state.max_steps}{loss}, {seconds:.0f} s; "
+            f"schedule: about {self.seconds_left(state):.0f} s left",
+            highlight=False,
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

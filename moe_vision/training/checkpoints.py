@@ -1,15 +1,23 @@
 """Files and folders that are written whole or not at all, whatever ends the process: a kill, a full disk, a fault."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
 from safetensors import SafetensorError
 
 TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "inline_container", "file write failed", "unexpected pos")
 """What torch's RuntimeErrors say when a file could not be written; it raises no OSError then."""
+
+
+DIGESTS = "digests.json"
+"""In a checkpoint: the XXH3 checksum of every other file in it, by its path there."""
+
+BLOCK = 1 << 24
 
 
 class WriteError(OSError):
@@ -88,3 +96,37 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def digest_of_file(path: Path) -> str:
+    """XXH3 of a file's bytes."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_digests(folder: Path) -> None:
+    """Note the checksum of every file of a finished folder, for `damage`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in files}
+    write_atomically(folder / DIGESTS, json.dumps(digests, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder of `write_digests`: a file that is missing or was changed; None if nothing is."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_bytes())
+    except FileNotFoundError:
+        return f"{DIGESTS} is missing"
+    except ValueError:
+        return f"{DIGESTS} is damaged"
+    if not isinstance(digests, dict) or not digests:
+        return f"{DIGESTS} is damaged"
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if digest_of_file(folder / name) != digest:
+            return f"{name} is damaged: it differs from its checksum"
+    return None

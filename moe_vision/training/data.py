@@ -67,6 +67,11 @@ def read_stages(stages: Mapping[str, tuple[DataConfig, int]], folder: Path, seed
     return {name: read[data.model_dump_json()] for name, (data, _) in stages.items()}
 
 
+def records_in(sources: Sequence[Source]) -> list[Record]:
+    """Every record of sources once, in their order."""
+    return [record for source in sources for record in source.records]
+
+
 def records_of(data: DataConfig, folder: Path, seed: int) -> list[Record]:
     """Records of data, mixed, `on_disk` or brought there. Raises DataError."""
     sources = read_data(data, folder, seed)

@@ -8,6 +8,7 @@ OUTPUT/data_report.json  what was read, and every record that was skipped
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,14 +32,23 @@ from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
 from moe_vision.training.checkpoints import discard, remove_leftovers, sync, sync_tree, write_atomically, writing
 from moe_vision.training.curves import write_curves
-from moe_vision.training.data import read_stages, report_of, settle, skipped_lines, staged
+from moe_vision.training.data import read_stages, records_in, report_of, settle, skipped_lines, staged
 from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
+from moe_vision.training.identity import data_digests, deciding
 from moe_vision.training.interrupts import Preemption
 from moe_vision.training.loading import model_config
 from moe_vision.training.lora import add_lora, check_lora, merge, merged
-from moe_vision.training.output import check_keys, check_output, last_checkpoint, open_output
+from moe_vision.training.output import (
+    DATA_DIGESTS,
+    check_data,
+    check_keys,
+    check_output,
+    held,
+    last_checkpoint,
+    open_output,
+)
 from moe_vision.training.prealign import aligned_file, alone, load_aligned, save_expert
 from moe_vision.training.provenance import record_environment
 from moe_vision.training.recompute import checkpointed_groups, recompute_in
@@ -46,6 +56,7 @@ from moe_vision.training.reporting import check_reporters
 from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig
 from moe_vision.training.trainer import GroupTrainer, OneDevice, trained_and_frozen
 from moe_vision.training.turns import steps_per_epoch, total_steps, turns_of
+from moe_vision.training.workers import worker_faults
 
 
 def train(
@@ -65,15 +76,25 @@ def train(
     """
     console = main_console(console)
     composition = model_config(config)
-    resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False)
+    resolved = resolved_text(config, composition)
+    with Preemption(), ExitStack() as stack:
 
-    def is_done() -> bool:
-        check_output(output, resolved, overwrite=overwrite)
-        return (output / "model").is_dir() and not overwrite
+        def hold() -> None:
+            check_output(output, resolved, overwrite=overwrite)
+            stack.enter_context(held(output))
 
-    if on_main(is_done):
-        console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
-        return output / "model"
+        on_main(hold)
+        if on_main(lambda: (output / "model").is_dir() and not overwrite):
+            console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
+            return output / "model"
+        return train_held(config, composition, output, console, cache, only, overwrite=overwrite)
+
+
+def train_held(
+    config: TrainConfig, composition: ModelConfig, output: Path, console: Console, cache: FeatureCache | None,
+    only: Sequence[str], *, overwrite: bool,
+) -> Path:  # fmt: skip
+    """As `train`, in an output that nobody else writes."""
     check_reporters(config.report_to)
     if processes().num_processes == 1 and (here := torch.cuda.device_count()) > 1:
         console.print(f"one of {here} GPUs trains: `accelerate launch` takes all (docs/training.md)", highlight=False)
@@ -82,8 +103,8 @@ def train(
     for expert in dict.fromkeys(run.expert for run in runs):
         check_groups([run for run in runs if run.expert == expert], composition)
     set_seed(config.seed)
-    model, processor, samples = prepare(config, composition, runs, output, resolved, console, overwrite=overwrite)
-    digest = hashlib.sha256(resolved.encode()).hexdigest()
+    model, processor, samples = prepare(config, composition, runs, output, console, overwrite=overwrite)
+    digest = on_main(lambda: digest_of(output))
     finished = on_main(lambda: {run.name for run in runs if is_finished(output, run)})
     steps = ScheduleSteps(
         {run.name: total_steps(len(samples[run.name].items), run.stage, processes().num_processes) for run in runs
@@ -137,25 +158,43 @@ def finish_run(
         shutil.rmtree(output / "runs" / run.name / "done", ignore_errors=True)
 
 
+def resolved_text(config: TrainConfig, composition: ModelConfig) -> str:
+    """A train config with its model's content, as YAML."""
+    return yaml.safe_dump({**config.model_dump(mode="json"), "model": composition.to_plain()}, sort_keys=False)
+
+
+def digest_of(output: Path) -> str:
+    """Names what decides the result of an opened output: its config and its data."""
+    values = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    decides = json.dumps(deciding(values), sort_keys=True) + (output / DATA_DIGESTS).read_text(encoding="utf-8")
+    return hashlib.sha256(decides.encode()).hexdigest()
+
+
 def prepare(
-    config: TrainConfig, composition: ModelConfig, runs: Sequence[Run], output: Path, resolved: str, console: Console,
-    *, overwrite: bool,
+    config: TrainConfig, composition: ModelConfig, runs: Sequence[Run], output: Path, console: Console, *,
+    overwrite: bool,
 ) -> tuple[MoeVisionForConditionalGeneration, MoeVisionProcessor, dict[str, Samples]]:  # fmt: skip
     """The model, its processor and what each run learns from, in an opened output. Data is read before weights load,
     and an old run goes only when all else is in order. With several processes the main one writes, and all read what it
     has written.
     """
     data = {run.name: (stage_data(run.stage), run.stage.num_workers) for run in runs}
+    resolved = resolved_text(config, composition)
     read: dict[str, list[Source]] = {}
     with ExitStack() as stack:
 
         def read_all() -> None:
             folders.append(stack.enter_context(staged(output, overwrite=overwrite)))
             read.update(read_stages(data, folders[0], config.seed))
+            records = {f"stage '{run.stage.name}'": records_in(read[run.name]) for run in runs}
+            digests.update(data_digests(records))
+            if not overwrite:
+                check_data(output, digests)
 
         def open_all() -> None:
             samples.update({name: tokenised(sources) for name, sources in read.items()})
             open_output(output, resolved, overwrite=overwrite)
+            write_atomically(output / DATA_DIGESTS, json.dumps(digests, indent=1))
             target = settle(folders[0], output)
             samples.update({name: own.moved(folders[0], target) for name, own in samples.items()})
             record_environment(output / "environment.json")
@@ -168,6 +207,7 @@ def prepare(
             return samples_of(sources, processor, context, config.seed)
 
         folders: list[Path] = []
+        digests: dict[str, dict[str, Any]] = {}
         samples: dict[str, Samples] = {}
         on_main(read_all)
         model, processor = compose(composition)
@@ -181,7 +221,7 @@ def prepare(
 def remove_checkpoints(output: Path, run: Run) -> None:
     """Those of a finished run, and what a kill has left of them."""
     folder = output / "runs" / run.name
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.damaged")):
         discard(checkpoint)
     remove_leftovers(folder)
 
@@ -335,9 +375,10 @@ def run_stage(
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
         trainer.remove_callback(callback)
     shard_sensibly(trainer, model, rates)
-    checkpoint = on_main(lambda: last_checkpoint(folder))
+    checkpoint = on_main(lambda: last_checkpoint(folder, processes().num_processes, progress.console.print))
     if checkpoint is not None:
         check_keys(Path(checkpoint), model)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with worker_faults(run.name, stage.num_workers):
+        trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     return whole_weights(trainer)

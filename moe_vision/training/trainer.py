@@ -4,7 +4,8 @@ evaluation mode, checkpoints that are whole or not there, logs that a resumed ru
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.training.checkpoints import discard, put_in_place, writing
+from moe_vision.training.checkpoints import discard, put_in_place, write_digests, writing
 from moe_vision.training.groups import modes_of, optimizer_groups, parameter_groups
 from moe_vision.training.turns import Turns
 
@@ -52,6 +54,11 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __iter__(self) -> Any:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+def warmed_up(warmup: int, way: Callable[[int], float], step: int) -> float:
+    """Share of the rate at a step, counted from 0. way: what it is after the warm-up."""
+    return (step + 1) / warmup if step < warmup else way(step)
 
 
 class GroupTrainer(Trainer):
@@ -97,6 +104,17 @@ class GroupTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's, but a warm-up of w steps goes 1/w, 2/w, … 1: Trainer's begins at 0, and its first step would
+        learn nothing."""
+        if self.lr_scheduler is None:
+            made: Any = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            for group, rate in zip(made.optimizer.param_groups, made.base_lrs, strict=True):
+                group["lr"] = rate
+            self.lr_scheduler = LambdaLR(made.optimizer, [partial(warmed_up, warmup, way) for way in made.lr_lambdas])
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As Trainer's; lengths come from the texts, where every token of an image has its place, without decoding a
@@ -151,7 +169,8 @@ class GroupTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As Trainer's, and before it each group's norm and rate, in steps that will be logged."""
         step = self.state.global_step + 1
-        if step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step):
+        first, last = step == 1 and self.args.logging_first_step, step == self.state.max_steps
+        if step % self.state.logging_steps == 0 or first or last:
             for group, parameters in self.trained.items():
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 if gradients:  # else it is another group's turn
@@ -198,6 +217,7 @@ class GroupTrainer(Trainer):
                     (staging / name / LOSS_FILE).write_text(json.dumps(values), encoding="utf-8")
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    write_digests(staging / name)
                     put_in_place(staging / name, folder / name)
         finally:
             self.staging = None
@@ -209,7 +229,8 @@ class GroupTrainer(Trainer):
 
 
 class LossSinceLog(TrainerCallback):
-    """Gives a resumed Trainer back the losses that it had summed up since its last log."""
+    """Gives a resumed Trainer back the losses that it had summed up since its last log, and this start's own steps
+    between logs and checkpoints; it takes them from the checkpoint."""
 
     def __init__(self, trainer: GroupTrainer) -> None:
         self.trainer = trainer
@@ -220,6 +241,7 @@ class LossSinceLog(TrainerCallback):
             self.trainer._tr_loss = torch.tensor(values["loss"], device=args.device)
             self.trainer._globalstep_last_logged = values["logged"]
             self.trainer._total_loss_scalar = values["total"]
+            state.compute_steps(args, state.max_steps)
 
 
 def trained_and_frozen(model: Any, rates: Mapping[str, float]) -> tuple[dict[str, int], dict[str, int]]:

@@ -7,15 +7,21 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
+from moe_vision import cli
+from moe_vision.data.collate import ConversationDataset
 from moe_vision.training import checkpoints, runner
+from moe_vision.training import output as outputs
+from moe_vision.training.output import OutputError
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
 from moe_vision.training.trainer import GroupTrainer
@@ -177,28 +183,123 @@ def test_a_kill_at_the_worst_moment_changes_nothing(
     assert not list(output.rglob(".*.partial")) and not list(output.glob("runs/*/*"))
 
 
-def test_sigterm_ends_after_the_step_with_a_checkpoint(
-    unbroken: tuple[TrainConfig, Path, float], tmp_path: Path
-) -> None:
-    schedule, whole, _ = unbroken
-    rare = schedule.model_copy(
-        update={"stages": [stage.model_copy(update={"save_steps": 500}) for stage in schedule.stages]}
-    )
+def rarely_saved(schedule: TrainConfig) -> TrainConfig:
+    stages = [stage.model_copy(update={"save_steps": 500}) for stage in schedule.stages]
+    return schedule.model_copy(update={"stages": stages})
 
-    def at_step_two() -> None:
+
+def signals_at_step_two(*numbers: signal.Signals) -> Callable[[], None]:
+    """Get these signals in a step."""
+
+    def prepare() -> None:
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for number in numbers:
+                    os.kill(os.getpid(), number)
             return original(self, *args, **kwargs)
 
         original = GroupTrainer.training_step
         GroupTrainer.training_step = step  # type: ignore[method-assign]
 
-    output = tmp_path / "out"
-    assert os.waitstatus_to_exitcode(os.waitpid(fork(rare, output, at_step_two), 0)[1]) == 143
+    return prepare
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(
+    unbroken: tuple[TrainConfig, Path, float], tmp_path: Path
+) -> None:
+    schedule, whole, _ = unbroken
+    rare, output = rarely_saved(schedule), tmp_path / "out"
+    process = fork(rare, output, signals_at_step_two(signal.SIGTERM))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 143
     assert [path.name for path in output.glob("runs/*/*")] == ["checkpoint-2"]
     assert_nothing_half(output)
     assert os.waitstatus_to_exitcode(os.waitpid(fork(rare, output), 0)[1]) == 0
     assert (output.parent / "log").read_text().count(": step 1/4") == len(schedule.stages)
     assert_same(weights(output / "model"), weights(whole / "model"))
     assert metrics(output) == metrics(whole)
+
+
+def test_a_second_signal_ends_at_once(unbroken: tuple[TrainConfig, Path, float], tmp_path: Path) -> None:
+    rare, output = rarely_saved(unbroken[0]), tmp_path / "out"
+    process = fork(rare, output, signals_at_step_two(signal.SIGINT, signal.SIGINT))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    assert list(output.glob("runs/*/*")) == []
+
+
+def test_ctrl_c_ends_the_command_after_the_step_and_says_how_to_continue(
+    unbroken: tuple[TrainConfig, Path, float], tmp_path: Path
+) -> None:
+    """In the process of the command: a checkpoint, one line, no traceback."""
+    output = tmp_path / "out"
+    config_file = tmp_path / "train.yaml"
+    config_file.write_text(yaml.safe_dump(rarely_saved(unbroken[0]).model_dump(mode="json")))
+    process = os.fork()
+    if process == 0:
+        sys.stderr = (tmp_path / "err").open("w", buffering=1)
+        sys.argv = ["moe-vision", "train", str(config_file), "-o", str(output)]
+        signals_at_step_two(signal.SIGINT)()
+        try:
+            cli.command()
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    assert (tmp_path / "err").read_text().splitlines() == [
+        "ended by Ctrl-C, with a checkpoint at step 2; the same command continues the training"
+    ]
+    assert [path.name for path in output.glob("runs/*/*")] == ["checkpoint-2"]
+    assert_nothing_half(output)
+
+
+def test_two_processes_do_not_write_one_output(
+    unbroken: tuple[TrainConfig, Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused for as long as the first lives."""
+    schedule, output = unbroken[0], tmp_path / "out"
+
+    def sleep_in_step_two() -> None:
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 1:
+                (tmp_path / "sleeps").touch()
+                time.sleep(60)
+            return original(self, *args, **kwargs)
+
+        original = GroupTrainer.training_step
+        GroupTrainer.training_step = step  # type: ignore[method-assign]
+
+    process = fork(schedule, output, sleep_in_step_two)
+    until = time.monotonic() + 50
+    while not (tmp_path / "sleeps").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    monkeypatch.setattr(outputs, "PATIENCE", 0.1)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="is being written by another process"):
+            train(schedule, output, overwrite=overwrite)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert (output / "config.yaml").is_file()
+    with outputs.held(output):
+        pass
+
+
+def test_a_worker_that_is_killed_is_named_and_the_same_command_continues(
+    unbroken: tuple[TrainConfig, Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule, output = unbroken[0], tmp_path / "out"
+    stage = schedule.stages[-1].model_copy(update={"num_workers": 1, "save_steps": 1})
+    schedule = schedule.model_copy(update={"stages": [stage]})
+    whole = train(schedule, tmp_path / "whole")
+    parent, original = os.getpid(), ConversationDataset.__getitem__
+
+    def dying(self: Any, index: int) -> Any:
+        if os.getpid() != parent and not (tmp_path / "died").exists() and list(output.glob("runs/*/checkpoint-3")):
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    monkeypatch.setattr(ConversationDataset, "__getitem__", dying)
+    with pytest.raises(
+        ChildProcessError, match=r"run '01-s2'.*DataLoader worker.*lower num_workers \(1 now\).*continues"
+    ):
+        train(schedule, output)
+    assert_same(weights(train(schedule, output)), weights(whole))

@@ -188,10 +188,21 @@ def test_workers_hand_on_what_is_known_of_pictures(tmp_path: Path, gigabytes: fl
     assert_same(*found)
 
 
-def test_constant_rates_warm_up_too(tmp_path: Path) -> None:
-    train(config(tmp_path, scheduler="constant", warmup_ratio=0.5), tmp_path / "out")
-    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["learning_rate"] == 0.0
+@pytest.mark.parametrize(("scheduler", "after"), [("constant", [1.0, 1.0]), ("linear", [1.0, 0.5])])
+def test_a_warm_up_begins_above_zero(tmp_path: Path, scheduler: str, after: list[float]) -> None:
+    train(config(tmp_path, scheduler=scheduler, warmup_ratio=0.5, logging_steps=1), tmp_path / "out")
+    logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rates = [log["learning_rate"] for log in logs if log["run"] == "01-projector" and "loss" in log]
+    assert rates == pytest.approx([0.5e-2, 1e-2, *(1e-2 * share for share in after)])
+
+
+def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
+    values = train_values(tmp_path, max_steps=1, warmup_ratio=0.03)
+    values["stages"] = values["stages"][:1]
+    before, _ = runner_model(values)
+    after = weights(train(TrainConfig.model_validate(values), tmp_path / "out"))
+    moved = [n for n, value in before.state_dict().items() if n in after and not torch.equal(after[n], value)]
+    assert moved and all(name.startswith("model.multi_modal_projector.") for name in moved)
 
 
 def test_a_finished_output_says_so_and_another_config_is_an_error(

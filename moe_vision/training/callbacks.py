@@ -22,6 +22,12 @@ from transformers import TrainerCallback
 
 from moe_vision.training.checkpoints import write_atomically
 
+FEW_STEPS = 10
+"""A run of fewer steps says nothing about where its loss goes."""
+
+FALLEN = 0.999
+"""A loss has fallen where less than this share of it is left."""
+
 
 @dataclass
 class ScheduleSteps:
@@ -108,13 +114,39 @@ class ScheduleProgress(TrainerCallback):
 
 
 class FiniteLoss(TrainerCallback):
-    """Stop at the first logged loss that is not a number: nothing can be learnt from there."""
+    """Stop at the first logged loss or gradient norm that is not a number: nothing can be learnt from there."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {state.global_step}: lower the learning rates of this stage, "
-                             "lengthen its warmup_ratio, or lower its max_grad_norm")  # fmt: skip
+        for key, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
+            check_finite(what, (logs or {}).get(key, 0.0), state.global_step)
+
+
+def check_finite(what: str, value: float, step: int) -> None:
+    """Raise ValueError, with a hint, for a value of training that is not a number."""
+    if not math.isfinite(value):
+        raise ValueError(f"the {what} is {value} at step {step}: lower the learning rates of this stage, lengthen its "
+                         "warmup_ratio, or lower its max_grad_norm")  # fmt: skip
+
+
+class LossFalls(TrainerCallback):
+    """A warning at the end of a run whose loss did not fall. path: of its logs, those before a kill among them."""
+
+    def __init__(self, console: Console, path: Path, run: str) -> None:
+        self.console, self.path, self.run = console, path, run
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or state.global_step < max(state.max_steps, FEW_STEPS):
+            return
+        logs = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        losses = [log["loss"] for log in logs if log["run"] == self.run and "loss" in log]
+        part = max(1, len(losses) // 4)
+        first, last = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
+        if last > first * FALLEN:
+            self.console.print(
+                f"warning: the loss of {self.run} did not fall: {first:.3f} at its beginning, {last:.3f} at its end. "
+                "Look at its curve; then change the learning rates, train longer, or train more groups",
+                highlight=False,
+            )
 
 
 class MetricsFile(TrainerCallback):

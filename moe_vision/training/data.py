@@ -13,6 +13,7 @@ from moe_vision.data.records import Record
 from moe_vision.data.samples import Samples, Source, mix, read_source
 from moe_vision.data.synthetic import write_split
 from moe_vision.data.tables import write_table
+from moe_vision.modeling import MoeVisionProcessor
 
 STAGING = ".data.partial"
 """Where an output's data lies until all else is in order."""
@@ -112,3 +113,22 @@ def skipped_lines(samples: Mapping[str, Samples], path: Path) -> Sequence[str]:
     """What the console says of sources with skipped records, each once."""
     reports = [report for own in samples.values() for report in own.reports if report.skipped]
     return [f"{report}; listed in {path}" for report in dict.fromkeys(reports)]
+
+
+def unknown_lines(samples: Mapping[str, Samples], processor: MoeVisionProcessor) -> Sequence[str]:
+    """What the console says of records whose text the tokenizer does not know, each once: it reads all of that as one
+    token, so that no answer with it can be learnt."""
+    tokenizer = processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return []
+    found = []
+    for own in samples.values():
+        held = [sample.record.id for sample in own.items if unknown in sample.text.input_ids]
+        if held:
+            found.append(
+                f"warning: {len(held)} of {len(own.items)} records hold text that the tokenizer does not know and "
+                f"reads as '{tokenizer.unk_token}', as record {held[0]!r}: write it in other words, or take a language "
+                "model that knows it"
+            )
+    return list(dict.fromkeys(found))

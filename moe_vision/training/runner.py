@@ -29,10 +29,10 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import suggest
-from moe_vision.training.callbacks import FiniteLoss, MetricsFile, ScheduleProgress, ScheduleSteps
+from moe_vision.training.callbacks import FiniteLoss, LossFalls, MetricsFile, ScheduleProgress, ScheduleSteps
 from moe_vision.training.checkpoints import discard, remove_leftovers, sync, sync_tree, write_atomically, writing
 from moe_vision.training.curves import write_curves
-from moe_vision.training.data import read_stages, records_in, report_of, settle, skipped_lines, staged
+from moe_vision.training.data import read_stages, records_in, report_of, settle, skipped_lines, staged, unknown_lines
 from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
 from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
@@ -199,7 +199,7 @@ def prepare(
             samples.update({name: own.moved(folders[0], target) for name, own in samples.items()})
             record_environment(output / "environment.json")
             write_atomically(output / "data_report.json", report_of(samples))
-            for line in skipped_lines(samples, output / "data_report.json"):
+            for line in (*skipped_lines(samples, output / "data_report.json"), *unknown_lines(samples, processor)):
                 console.print(line, highlight=False)
 
         def tokenised(sources: Sequence[Source]) -> Samples:
@@ -360,6 +360,7 @@ def run_stage(
     )
     if is_deepspeed_zero3_enabled() and not all(record.images for record in samples.records):
         stage = stage.model_copy(update={"cache_features": False})  # sharded experts run in all processes or in none
+    metrics = output / "metrics.jsonl"
     known = stage_inputs(cast(Any, model).to(arguments.device), processor, samples.records, stage, rates, cache)
     trainer = GroupTrainer(
         model=model,
@@ -369,7 +370,13 @@ def run_stage(
         weight_decay=stage.weight_decay,
         train_dataset=ConversationDataset(samples.records, processor, known.item if known else None, samples.texts),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[progress, MetricsFile(output / "metrics.jsonl", run.name), FiniteLoss(), preemption],
+        callbacks=[
+            progress,
+            MetricsFile(metrics, run.name),
+            FiniteLoss(),
+            LossFalls(progress.console, metrics, run.name),
+            preemption,
+        ],
     )
     quiet = {"PrinterCallback", "ProgressCallback"}
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:

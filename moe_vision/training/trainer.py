@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
+from moe_vision.training.callbacks import check_finite
 from moe_vision.training.checkpoints import discard, put_in_place, write_digests, writing
 from moe_vision.training.groups import modes_of, optimizer_groups, parameter_groups
 from moe_vision.training.turns import Turns
@@ -204,7 +205,9 @@ class GroupTrainer(Trainer):
         return str(self.staging) if self.staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but whole or not at all; older ones go once this one stands. Raises WriteError."""
+        """As Trainer's, but whole or not at all; older ones go once this one stands. Raises WriteError, and ValueError
+        where the loss is not a number: no later start could learn from there."""
+        check_finite("loss", float(self._tr_loss), self.state.global_step)
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = self.staging = folder / STAGING

@@ -104,7 +104,8 @@ def test_two_processes_train_what_one_does(folder: Path) -> None:
     done = launch("ddp.yaml", "-m", "moe_vision", "train", str(folder / "two.yaml"), "-o", str(output))
     assert [done.stdout.count(text) for text in ("[1/2] 01-projector: trains", "model:")] == [1, 1]  # one prints
     assert {path.name for path in output.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "runs", "model", "data_report.json", "environment.json", "curves",
+        "config.yaml", "metrics.jsonl", "runs", "model", "data_report.json", "environment.json", "curves", "train.lock",
+        "data_digests.json",
     }  # fmt: skip
     assert_as_one(output, folder / "one")
 

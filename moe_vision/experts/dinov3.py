@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from moe_vision.experts.base import IMAGENET_MEAN, IMAGENET_STD, Expert, ExpertConfig, ExpertSpec
+from moe_vision.experts.base import IMAGENET_MEAN, IMAGENET_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
 from moe_vision.registry import EXPERTS
 
 
@@ -49,6 +49,13 @@ class DinoV3Config(ExpertConfig):
         "vith16plus": dinov3_spec(
             "vith16plus", hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120,
             hidden_act="silu", use_gated_mlp=True,
+        ),
+        "micro": micro_spec(
+            "dinov3", channels=64, stride_px=16, size_px=128, pretraining="self-distillation on generated scenes",
+            architecture={
+                "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256,
+                "patch_size": 16, "num_register_tokens": 4, "pos_embed_rescale": None, "layerscale_value": 1.0,
+            },
         ),
     }  # fmt: skip
 

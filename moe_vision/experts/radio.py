@@ -7,7 +7,7 @@ import torch
 from transformers import RadioConfig as RadioLibraryConfig
 from transformers import RadioModel
 
-from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, Expert, ExpertConfig, ExpertSpec
+from moe_vision.experts.base import CLIP_MEAN, CLIP_STD, Expert, ExpertConfig, ExpertSpec, micro_spec
 from moe_vision.registry import EXPERTS
 
 
@@ -34,7 +34,14 @@ class RadioExpertConfig(ExpertConfig):
             # Layer scales of one, which the published checkpoint leaves out.
             may_miss=tuple(f"encoder.layer.{i}.layer_scale{j}." for i in range(32) for j in (1, 2)),
         ),
-    }
+        "micro": micro_spec(
+            "radio", channels=64, stride_px=16, size_px=128, pretraining="distillation of the five miniature experts",
+            architecture={
+                "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 16,
+                "patch_dim": 768, "max_img_size": 512,
+            },
+        ),
+    }  # fmt: skip
 
     @property
     def channels(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from moe_vision.experts.base import HALF, Expert, ExpertConfig, ExpertSpec
+from moe_vision.experts.base import HALF, Expert, ExpertConfig, ExpertSpec, micro_spec
 from moe_vision.experts.injection import with_injection
 from moe_vision.experts.resolution import PositionFilter, resize_positions
 from moe_vision.registry import EXPERTS
@@ -60,7 +60,14 @@ class SiglipConfig(ExpertConfig):
         "v2_large_patch16_512": siglip_spec("siglip2", "large", 16, 512),
         "v2_base_patch16_512": siglip_spec("siglip2", "base", 16, 512),
         "so400m_patch14_384": siglip_spec("siglip", "so400m", 14, 384),
-    }
+        "micro": micro_spec(
+            "siglip", channels=64, stride_px=16, size_px=128, pretraining="image-text sigmoid loss on generated scenes",
+            architecture={
+                "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256,
+                "image_size": 128, "patch_size": 16,
+            },
+        ),
+    }  # fmt: skip
 
     layer: int = -1
     final_norm: bool = True

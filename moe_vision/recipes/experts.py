@@ -2,100 +2,69 @@
 
 | expert     | objective on generated scenes                           | after                                |
 |------------|---------------------------------------------------------|--------------------------------------|
-| clip       | picture-caption contrast                                | CLIP (Radford et al., 2021)          |
+| clip       | picture-caption contrast, softmax over the batch        | CLIP (Radford et al., 2021)          |
+| siglip     | picture-caption contrast, sigmoid of each pair          | SigLIP (Zhai et al., 2023)           |
 | convnext   | texture and kind of every cell                          | supervised ConvNeXt (Liu et al., 2022) |
 | pix2struct | digits and bars of every cell                           | screenshot parsing (Lee et al., 2023) |
 | eva02      | shape, colour and kind of every cell                    | detection (Fang et al., 2023)        |
 | sam        | foreground mask, and blob size of every cell            | segmentation (Kirillov et al., 2023) |
+| dinov3     | a teacher's prototypes, no labels (`distillation.py`)   | DINOv3 (Siméoni et al., 2025)        |
+| radio      | maps of the five experts above (`distillation.py`)      | RADIO (Ranzinger et al., 2024)       |
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from moe_vision.data.synthetic import Scene, make_scene, render, scene_seed
-from moe_vision.data.synthetic.scene import BARS, CELLS_PER_SIDE, COLOURS, MAX_BAR, MAX_BLOB, SHAPES, TEXTURES
+from moe_vision.data.synthetic.scene import CELLS_PER_SIDE
 from moe_vision.experts import EXPERTS, Expert
-from moe_vision.recipes.symbols import KINDS, OFFSETS, scene_facts
-
-IGNORED = -100
-
-FIELDS: Mapping[str, tuple[int, int]] = {
-    "kind": (OFFSETS["kind"], len(KINDS)),
-    "shape": (OFFSETS["shape"], len(SHAPES)),
-    "colour": (OFFSETS["colour"], len(COLOURS)),
-    **{f"digit{place}": (OFFSETS["digit"] + 10 * place, 10) for place in range(3)},
-    **{f"bar{bar}": (OFFSETS["bar"] + (MAX_BAR + 1) * bar, MAX_BAR + 1) for bar in range(len(BARS))},
-    "texture": (OFFSETS["texture"], len(TEXTURES)),
-    "blob": (OFFSETS["blob"], MAX_BLOB + 1),
-}
-"""What can be asked of a cell: the first fact number of each field, and how many there are."""
+from moe_vision.recipes.distillation import Agglomeration, SelfDistillation
+from moe_vision.recipes.pictures import FIELDS, IGNORED, Pictures, pooled_cells
+from moe_vision.recipes.symbols import OFFSETS
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One expert's objective. fields: what its head reads in every cell; contrast and mask as their names say."""
+    """One expert's objective. fields: what its head reads in every cell. contrast: with captions, by this loss.
+    mask: also predict the foreground. kind: labels are read from the scene, or there are none.
+    """
 
     fields: tuple[str, ...] = ()
-    contrast: bool = False
+    contrast: Literal["softmax", "sigmoid"] | None = None
     mask: bool = False
+    kind: Literal["labelled", "self_distilled", "agglomerated"] = "labelled"
     steps: int = 600
     batch_size: int = 48
     learning_rate: float = 1.5e-3
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "clip": Recipe(contrast=True, steps=500, batch_size=96),
+    "clip": Recipe(contrast="softmax", steps=500, batch_size=96),
     "convnext": Recipe(fields=("kind", "texture", "shape"), steps=400, batch_size=32, learning_rate=2e-3),
     "pix2struct": Recipe(fields=("kind", "digit0", "digit1", "digit2", "bar0", "bar1", "bar2"), steps=1000),
     "eva02": Recipe(fields=("kind", "shape", "colour"), steps=500),
     "sam": Recipe(fields=("kind", "blob"), mask=True, steps=400),
+    "siglip": Recipe(contrast="sigmoid", steps=1500, batch_size=96),
+    "dinov3": Recipe(kind="self_distilled", steps=1000),
+    "radio": Recipe(kind="agglomerated", steps=1000),
 }
 
 
-class Pictures:
-    """Rendered scenes of one split in memory: pixels [S, 3, 128, 128] uint8 and facts [S, 16, MAX_FACTS]."""
-
-    def __init__(self, split: str, count: int, seed: int) -> None:
-        scenes: list[Scene] = [make_scene(scene_seed(split, index, seed)) for index in range(count)]
-        self.pixels = torch.stack([torch.from_numpy(np.array(render(scene))).permute(2, 0, 1) for scene in scenes])
-        self.facts = torch.stack([scene_facts(scene) for scene in scenes])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def views(self, rows: torch.Tensor) -> torch.Tensor:
-        """[V, 3, 128, 128] in [0, 1]."""
-        return self.pixels[rows].float() / 255
-
-    def field(self, rows: torch.Tensor, name: str) -> torch.Tensor:
-        """Class of a field in every cell [V, 16]; IGNORED where the cell has no such field."""
-        first, size = FIELDS[name]
-        facts = self.facts[rows]
-        inside = (facts >= first) & (facts < first + size)
-        return torch.where(inside.any(-1), (facts - first).where(inside, 0).sum(-1), IGNORED)
-
-
-def pooled_cells(data: torch.Tensor) -> torch.Tensor:
-    """Feature map [V, C, h, w] → one vector a cell [V, 16, 4 C] of its four quarters, or [V, 16, C] at 4 x 4."""
-    factor = data.shape[-1] // CELLS_PER_SIDE
-    return F.pixel_unshuffle(data, factor).flatten(2).transpose(1, 2)
-
-
 class Objective(nn.Module):
-    """Heads on one expert's map; thrown away after training."""
+    """Heads on one expert's map, trained by what the scene says; thrown away after training."""
 
-    def __init__(self, recipe: Recipe, channels: int, cells_channels: int) -> None:
+    def __init__(self, recipe: Recipe, expert: Expert) -> None:
         super().__init__()
         self.recipe = recipe
+        channels, side = expert.config.channels, expert.config.shape.grid[0]
+        cells_channels = channels * (side // CELLS_PER_SIDE) ** 2
         self.trunk = nn.Sequential(nn.LayerNorm(cells_channels), nn.Linear(cells_channels, 128), nn.GELU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, FIELDS[name][1]) for name in recipe.fields})
         if recipe.mask:
@@ -105,11 +74,12 @@ class Objective(nn.Module):
             self.text = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
             self.image = nn.Linear(128, 64)
             self.temperature = nn.Parameter(torch.tensor(2.0))
+        if recipe.contrast == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(-4.0))
 
-    def forward(
-        self, data: torch.Tensor, pictures: Pictures, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss and metrics of a map [V, C, h, w] of the pictures `rows`."""
+    def forward(self, expert: Expert, pictures: Pictures, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss and metrics of the pictures `rows`."""
+        data = expert(pictures.views(rows)).data
         cells = self.trunk(pooled_cells(data))
         losses, metrics = [], {}
         for name, head in self.heads.items():
@@ -132,9 +102,20 @@ class Objective(nn.Module):
             image = self.image(cells).mean(1)
             scores = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * self.temperature.exp()
             target = torch.arange(len(rows))
-            losses.append((F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
+            if self.recipe.contrast == "sigmoid":
+                pairs = 2 * torch.eye(len(rows)) - 1
+                losses.append(-F.logsigmoid(pairs * (scores + self.bias)).sum() / len(rows))
+            else:
+                losses.append((F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
             metrics["recall_at_1"] = (scores.argmax(-1) == target).float().mean().item()
         return torch.stack(losses).sum(), metrics
+
+
+def objective_of(recipe: Recipe, expert: Expert) -> nn.Module:
+    """What trains an expert: takes (expert, pictures, rows), returns its loss and metrics."""
+    if recipe.kind == "self_distilled":
+        return SelfDistillation(expert)
+    return Agglomeration(expert) if recipe.kind == "agglomerated" else Objective(recipe, expert)
 
 
 def pretrain(
@@ -145,17 +126,15 @@ def pretrain(
     recipe = RECIPES[name]
     steps = steps or recipe.steps
     expert: Expert = EXPERTS[name](variant="micro", pretrained=None).build()
-    channels = expert.config.channels
-    quarters = (expert.config.shape.grid[0] // CELLS_PER_SIDE) ** 2
-    objective = Objective(recipe, channels, channels * quarters)
-    parameters = [*expert.parameters(), *objective.parameters()]
+    objective = objective_of(recipe, expert)
+    parameters = [*expert.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     for step in range(steps):
         rows = torch.randint(len(pictures), (recipe.batch_size,), generator=generator)
-        loss, metrics = objective(expert(pictures.views(rows)).data, pictures, rows)
+        loss, metrics = objective(expert, pictures, rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -168,7 +147,7 @@ def pretrain(
     expert.eval(), objective.eval()
     with torch.no_grad():
         rows = torch.arange(len(held_out))
-        _, metrics = objective(expert(held_out.views(rows)).data, held_out, rows)
+        _, metrics = objective(expert, held_out, rows)
     output.mkdir(parents=True, exist_ok=True)
     save_file({key: value.half() for key, value in expert.state_dict().items()}, output / f"{name}.safetensors")
     return {

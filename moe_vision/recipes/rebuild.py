@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_vision.experts.weights import packaged
 from moe_vision.recipes import experts, language_model
+from moe_vision.recipes.pictures import Pictures
 from moe_vision.registry import suggest
 
 LANGUAGE_MODEL = "language_model"
@@ -37,7 +38,7 @@ def rebuild(
     for name in names:
         if name not in NAMES:
             raise ValueError(f"the micro zoo has no '{name}': {suggest(name, list(NAMES))}")
-    pictures: tuple[experts.Pictures, experts.Pictures] | None = None
+    pictures: tuple[Pictures, Pictures] | None = None
     for name in names:
         if name == LANGUAGE_MODEL:
             metrics = language_model.pretrain(
@@ -46,8 +47,8 @@ def rebuild(
         else:
             # Rendering takes half a minute, so it waits until an expert wants it, and happens once.
             pictures = pictures or (
-                experts.Pictures("train", scaled(NUM_SCENES, min(1.0, step_scale)), RECIPE_SEED),
-                experts.Pictures("val", scaled(NUM_HELD_OUT, min(1.0, step_scale)), RECIPE_SEED),
+                Pictures("train", scaled(NUM_SCENES, min(1.0, step_scale)), RECIPE_SEED),
+                Pictures("val", scaled(NUM_HELD_OUT, min(1.0, step_scale)), RECIPE_SEED),
             )
             steps = scaled(experts.RECIPES[name].steps, step_scale)
             metrics = experts.pretrain(name, output, *pictures, seed=seed, steps=steps)

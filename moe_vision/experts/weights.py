@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from moe_vision.experts.base import Expert, ExpertConfig, ExpertSpec
 from moe_vision.experts.key_layouts import LAYOUTS, KeyLayout
-from moe_vision.experts.weight_values import StoredWeights, WeightsError, check_values, may_be_zero, origin
+from moe_vision.experts.shards import WeightFiles, listed, read_files, weight_files
+from moe_vision.experts.weight_values import WeightsError, check_values, may_be_zero, origin
 from moe_vision.registry import suggest
 
 PACKAGE_SCHEME = "moe_vision:"
@@ -45,7 +42,7 @@ def load_expert_weights(expert: Expert, pretrained: str) -> None:
     spec = expert.config.spec
     source = spec_source(spec) if pretrained == "default" else pretrained
     library = source.partition(":")[0] in LIBRARIES
-    load_state(expert, read_library(source) if library else read_state_dict(resolve(source, spec)), source)
+    load_state(expert, read_library(source) if library else read_files(resolve(source, spec)), source)
 
 
 def load_state(expert: Expert, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -110,21 +107,23 @@ def spec_source(spec: ExpertSpec) -> str:
     return spec.hub_id if spec.hub_id is not None else f"{PACKAGE_SCHEME}{spec.filename}"
 
 
-def resolve(source: str, spec: ExpertSpec) -> list[Path]:
-    """Files of a source: a local file, a local folder, a packaged file, or a Hub repository at the spec's revision."""
+def resolve(source: str, spec: ExpertSpec) -> WeightFiles:
+    """Files of a source: a local file, a local folder, a packaged file, or a Hub repository at the spec's revision.
+
+    Of a folder, those that `weight_files` finds. Raises WeightsError where there are none.
+    """
     path = Path(located(source)).expanduser()
     if path.is_file():
-        return [path]
+        return {path: None}
     if not path.exists():
         if source.startswith((PACKAGE_SCHEME, "/", ".", "~")) or source.count("/") != 1:
             raise WeightsError(f"pretrained '{source}': no such file or folder; give a path that exists, or a Hub id")
-        patterns = [spec.filename] if spec.filename else ["*.safetensors", "*.bin", "*.pth"]
+        patterns = [spec.filename] if spec.filename else ["*.safetensors", "*.bin", "*.pth", "*.index.json"]
         path = Path(snapshot_download(source, revision=spec.revision, allow_patterns=patterns))
     if spec.filename and (path / spec.filename).is_file():
-        return [path / spec.filename]
-    for pattern in ("*.safetensors", "*.bin", "*.pth"):
-        if files := sorted(path.glob(pattern)):
-            return files
+        return {path / spec.filename: None}
+    if files := weight_files(path, (".safetensors", ".bin", ".pth")):
+        return files
     raise WeightsError(
         f"folder '{path}' holds no .safetensors, .bin or .pth file: give the folder that holds the weights"
     )
@@ -162,40 +161,3 @@ def read_library(source: str) -> dict[str, torch.Tensor]:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"pretrained '{source}': {library} cannot give these weights ({error})") from error
-
-
-def read_state_dict(files: list[Path]) -> StoredWeights:
-    """Read and join files; pickles with `weights_only=True`. Raises WeightsError naming the file that is broken."""
-    state = StoredWeights()
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                loaded: Any = load_file(file)
-            else:
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (SafetensorError, RuntimeError, EOFError, OSError, UnpicklingError) as error:
-            raise WeightsError(f"'{file}' cannot be read ({error}): it may be truncated, fetch it again") from error
-        for key, value in tensors_of(loaded, file).items():
-            state[key] = value
-            state.files[key] = file
-    return state
-
-
-def tensors_of(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds. Raises WeightsError where it holds none, or values that are no tensors."""
-    hint = "give a file with a state dict: names and tensors, below `model` or `state_dict` if not at the top"
-    for name in ("model", "state_dict"):
-        if isinstance(loaded, Mapping) and name in loaded:
-            loaded = loaded[name]
-            break
-    if not isinstance(loaded, Mapping):
-        raise WeightsError(f"'{file}' holds a {type(loaded).__name__} and no state dict: {hint}")
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise WeightsError(f"'{file}': {key!r} is a {type(value).__name__} and no tensor: {hint}")
-    return dict(loaded)
-
-
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return (", ".join(names[:4]) + more) if names else "none"

@@ -64,7 +64,13 @@ class ResamplerConfig(AdapterConfig):
 @ADAPTERS.register("perceiver")
 @dataclass(frozen=True, kw_only=True)
 class PerceiverConfig(ResamplerConfig):
-    """As `ResamplerConfig`; every query attends to all tokens."""
+    """As `ResamplerConfig`; every query attends to all tokens.
+
+    query_positions: whether queries carry a position, as in the paper and version 1 of the code. In versions 2 and 3 of
+    LLaVA-UHD's code (`Resampler.forward` of `multimodal_projector/resampler.py`) only keys do.
+    """
+
+    query_positions: bool = True
 
     def module(self) -> "type[Resampler]":
         return Perceiver
@@ -86,7 +92,7 @@ class Resampler(Adapter):
         half_positions: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config: ResamplerConfig = config
         self.half_positions = half_positions
         self.num_heads = config.heads(hidden_size)
         self.query = nn.Parameter(torch.empty(config.num_queries, hidden_size))
@@ -135,6 +141,11 @@ class Resampler(Adapter):
 
 
 class Perceiver(Resampler):
+    config: PerceiverConfig
+
+    def queries(self) -> torch.Tensor:
+        return super().queries() if self.config.query_positions else self.q_proj(self.query_norm(self.query))
+
     def attend(self, inputs: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         def by_head(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -15,8 +15,10 @@ from moe_vision.config import apply_override, read_yaml, validate
 from moe_vision.experts.weights import WeightsError, fitted
 from moe_vision.interop.checkpoint import (
     CheckpointError,
+    Source,
     Weights,
     assemble,
+    check_settings,
     language_key,
     llama_values,
     published_config,
@@ -37,8 +39,10 @@ EXPERTS_OF_TOWERS = {
 TOWER_KEY = re.compile(r"^(?:model\.vision_tower\.)?vision_towers\.(\d+)\.vision_tower\.(.+)$")
 
 
-def import_eagle(source: Path, output: Path, overrides: Sequence[str] = ()) -> Path:
+def import_eagle(source: Path, output: Path, overrides: Sequence[str] = (), allow_bin: bool = False) -> Path:
     """Write the model folder of an Eagle-X4 or X5 checkpoint folder; `overrides` change the composition.
+
+    allow_bin: read pickled weights where there are no .safetensors.
 
     Raises CheckpointError where config.json is not Eagle's, WeightsError where weights and composition differ,
     FileExistsError where there is something at `output` already.
@@ -49,12 +53,13 @@ def import_eagle(source: Path, output: Path, overrides: Sequence[str] = ()) -> P
         found = expert_weights(state, model.model.vision_tower.experts, str(source))
         return found | {our_key(key): value for key, value in state.items() if not TOWER_KEY.match(key)}
 
-    return assemble(composition(source, overrides), source, output, by_our_names)
+    return assemble(composition(source, overrides), Source(source, "eagle", allow_bin), output, by_our_names)
 
 
 def composition(source: Path, overrides: Sequence[str] = ()) -> ModelConfig:
     """The model config of an Eagle folder's config.json. Raises CheckpointError for what Eagle never had."""
     published, path = published_config(source, "an Eagle"), source / "config.json"
+    check_settings(published, path, "Eagle", {"model_type": ("eagle_llama", "llava_llama", "llama")})
     towers = str(published.get("mm_vision_tower", "")).split(";")
     unknown = [name for name in towers if name not in EXPERTS_OF_TOWERS]
     if unknown:

@@ -13,6 +13,7 @@ import torch
 from moe_vision.config import apply_override, read_yaml, validate
 from moe_vision.interop.checkpoint import (
     CheckpointError,
+    Source,
     Weights,
     assemble,
     check_settings,
@@ -34,11 +35,13 @@ QUERIES_OF_PROJECTORS = {"adapt_spatial_resampler": 144, "adapt_spatial_resample
 TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
 
 
-def import_llava_uhd(source: Path, output: Path, overrides: Sequence[str] = ()) -> Path:
+def import_llava_uhd(source: Path, output: Path, overrides: Sequence[str] = (), allow_bin: bool = False) -> Path:
     """Write the model folder of a LLaVA-UHD v1 checkpoint folder; `overrides` change the composition.
 
-    A folder without CLIP's weights gets them from `experts.clip.pretrained`, OpenAI's own by default. Raises
-    CheckpointError where config.json is not LLaVA-UHD's, WeightsError where weights and composition differ,
+    A folder without CLIP's weights gets them from `experts.clip.pretrained`, OpenAI's own by default.
+    allow_bin: read pickled weights where there are no .safetensors.
+
+    Raises CheckpointError where config.json is not LLaVA-UHD's, WeightsError where weights and composition differ,
     FileExistsError where there is something at `output` already.
     """
     refuse_existing(output)
@@ -52,7 +55,7 @@ def import_llava_uhd(source: Path, output: Path, overrides: Sequence[str] = ()) 
             **{language_key(k): value for k, value in state.items() if not k.startswith((TOWER, PROJECTOR))},
         }
 
-    return assemble(config, source, output, by_our_names)
+    return assemble(config, Source(source, "llava-uhd", allow_bin), output, by_our_names)
 
 
 def composition(source: Path, overrides: Sequence[str] = ()) -> ModelConfig:

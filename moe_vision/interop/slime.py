@@ -15,6 +15,7 @@ from moe_vision.config import apply_override, read_yaml, validate
 from moe_vision.experts.weights import WeightsError
 from moe_vision.interop.checkpoint import (
     CheckpointError,
+    Source,
     Weights,
     assemble,
     check_settings,
@@ -23,12 +24,12 @@ from moe_vision.interop.checkpoint import (
     language_key,
     llama_values,
     published_config,
+    published_tokenizer,
     refuse_existing,
     resampler_weights,
     under,
 )
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.modeling.compose import load_tokenizer
 from moe_vision.modeling.model_config import ModelConfig, packaged_config
 
 TOWER, PROJECTOR, SAMPLER = "model.vision_tower.vision_tower.", "model.mm_projector.", "model.sampler."
@@ -36,11 +37,13 @@ ONLY = {-1: None, 0: "mlp", 1: "resampler"}
 """Our `only` of the gated mixture for each published `mm_learnable_gated`."""
 
 
-def import_slime(source: Path, output: Path, overrides: Sequence[str] = ()) -> Path:
+def import_slime(source: Path, output: Path, overrides: Sequence[str] = (), allow_bin: bool = False) -> Path:
     """Write the model folder of a SliME checkpoint folder; `overrides` change the composition.
 
-    A folder without CLIP's weights gets them from `experts.clip.pretrained`, OpenAI's own by default. Raises
-    CheckpointError where config.json is not SliME's, WeightsError where weights and composition differ,
+    A folder without CLIP's weights gets them from `experts.clip.pretrained`, OpenAI's own by default.
+    allow_bin: read pickled weights where there are no .safetensors.
+
+    Raises CheckpointError where config.json is not SliME's, WeightsError where weights and composition differ,
     FileExistsError where there is something at `output` already.
     """
     refuse_existing(output)
@@ -56,7 +59,7 @@ def import_slime(source: Path, output: Path, overrides: Sequence[str] = ()) -> P
         rest = {key: value for key, value in state.items() if not key.startswith((TOWER, PROJECTOR, SAMPLER))}
         return found | {language_key(key): value for key, value in rest.items()}
 
-    return assemble(config, source, output, by_our_names)
+    return assemble(config, Source(source, "slime", allow_bin), output, by_our_names)
 
 
 def composition(source: Path, overrides: Sequence[str] = ()) -> ModelConfig:
@@ -100,7 +103,7 @@ def check_separator(config: ModelConfig, published: dict[str, Any], source: Path
     if wanted is None:
         return
     slicing: Any = config.slicing
-    tokenizer = load_tokenizer(str(source), config.language_model.image_token)
+    tokenizer = published_tokenizer(source, config)
     found = tokenizer(slicing.separator, add_special_tokens=False)["input_ids"][-1]
     if found != wanted:
         raise CheckpointError(

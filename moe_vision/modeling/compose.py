@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from moe_vision.experts.weight_values import WeightsError
 from moe_vision.experts.weights import load_expert_weights, located
@@ -25,6 +25,7 @@ from moe_vision.modeling.folder_checks import InitialZeros, check_objects, load_
 from moe_vision.modeling.generation_defaults import generation_config_of
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.modeling.model_files import reading
+from moe_vision.modeling.sentencepiece_tokenizer import read_tokenizer
 from moe_vision.modeling.stored_weights import (
     check_parameters,
     check_types,
@@ -80,11 +81,14 @@ def compile_experts(model: MoeVisionForConditionalGeneration, config: ModelConfi
             model.model.vision_tower.experts[name].compile()
 
 
-def load_tokenizer(source: str, image_token: str) -> Any:
-    """A tokenizer that has an image token (`image_token` where it has none of its own), pads, and pads left."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+def load_tokenizer(source: str, image_token: str, **settings: Any) -> Any:
+    """A tokenizer that has an image token (`image_token` where it has none of its own), pads, and pads left.
+
+    settings: passed to `from_pretrained`.
+    """
+    tokenizer = read_tokenizer(source, **settings)
     if getattr(tokenizer, "image_token", None) is None:
-        tokenizer = AutoTokenizer.from_pretrained(source, extra_special_tokens={"image_token": image_token})
+        tokenizer = read_tokenizer(source, extra_special_tokens={"image_token": image_token}, **settings)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

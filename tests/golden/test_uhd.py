@@ -158,3 +158,29 @@ def test_from_views_to_the_embeddings_of_a_prompt(number: int) -> None:
     ids = torch.tensor([token for i in case["input_ids"] for token in ([0] * len(tokens) if i == -200 else [i])])[None]
     embeddings = model.model.splice(ids, model.get_input_embeddings()(ids), tokens)[0]
     torch.testing.assert_close(embeddings, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [True, False])
+def test_queries_with_and_without_positions(positions: bool) -> None:
+    """Versions 2 and 3 add none to the queries; torch's own attention is the reference."""
+    values = golden("perceiver64_fp32")
+    weights = {key.removeprefix("w."): value for key, value in values.items() if key.startswith("w.")}
+    adapter = resampler("perceiver", weights, num_heads=4, query_positions=positions)
+    attention = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+    attention.load_state_dict({k.removeprefix("attn."): v for k, v in weights.items() if k.startswith("attn.")})
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, (64,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    height, width = 19, 29
+    table = weights["pos_embed"].T.unflatten(1, (8, 8))[None]
+    places = torch.nn.functional.interpolate(table, (height, width), mode="bicubic", align_corners=False)
+    x = values[f"x_{height}x{width}"]
+    inputs = norm(x @ weights["kv_proj.weight"].T, "ln_kv")
+    query = norm(weights["query"], "ln_q") + (weights["pos_embed"] if positions else 0)
+    keys = inputs + places[0].flatten(1).T
+    attended = attention(query[None].expand(len(x), -1, -1), keys, inputs, need_weights=False)[0]
+    found = adapter(VisualTokens(x, (height, width))).data
+    torch.testing.assert_close(found, norm(attended, "ln_post") @ weights["proj"], **TOLERANCE)
+    assert torch.allclose(found, values[f"y_{height}x{width}"], atol=1e-3) == positions

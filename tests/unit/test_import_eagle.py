@@ -17,8 +17,9 @@ from moe_vision.cli import app
 from moe_vision.evaluation import answer
 from moe_vision.experts.weights import WeightsError
 from moe_vision.interop import import_eagle
-from moe_vision.interop.checkpoint import CheckpointError, gap
+from moe_vision.interop.checkpoint import CheckpointError
 from moe_vision.interop.eagle import composition
+from moe_vision.interop.prompts import gap
 from moe_vision.modeling.compose import load
 from tests.published import LLAMA, tokenizer
 
@@ -68,7 +69,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForC
 
 def test_logits_are_those_of_the_published_parts(published: Any, tmp_path: Path) -> None:
     folder, llama, projector = published
-    result = CliRunner().invoke(app, ["import", "eagle", str(folder), "-o", str(tmp_path / "ours"), *OVERRIDES])
+    result = CliRunner().invoke(
+        app, ["import", "eagle", str(folder), "-o", str(tmp_path / "ours"), "--allow-bin", *OVERRIDES]
+    )
     assert result.exit_code == 0, result.output
     assert "Now try: moe-vision generate" in result.output
     model, processor = load(tmp_path / "ours")
@@ -91,7 +94,7 @@ def test_logits_are_those_of_the_published_parts(published: Any, tmp_path: Path)
 
 
 def test_it_answers_and_never_says_the_placeholder(published: Any, tmp_path: Path) -> None:
-    model, processor = load(import_eagle(published[0], tmp_path / "ours", OVERRIDES))
+    model, processor = load(import_eagle(published[0], tmp_path / "ours", OVERRIDES, allow_bin=True))
     assert model.generation_config.suppress_tokens == [processor.image_token_id]
     text = answer(model, processor, "what is this?", [GOLDEN / "img_640x480.png"], max_new_tokens=4)
     assert "<image>" not in text
@@ -145,7 +148,7 @@ def test_what_is_not_eagle_is_refused(published: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mm_projector_type is 'linear'"):
         import_eagle(tmp_path, tmp_path / "out")
     with pytest.raises(WeightsError, match=r"tower 0' do not fit expert clip.*shapes .* instead of"):
-        import_eagle(published[0], tmp_path / "out")  # full-size composition, miniature weights
+        import_eagle(published[0], tmp_path / "out", allow_bin=True)  # full-size composition, miniature weights
     (tmp_path / "taken").mkdir()
     with pytest.raises(FileExistsError, match="taken' exists"):
         import_eagle(published[0], tmp_path / "taken", OVERRIDES)

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_
 from moe_vision.config import ConfigError, validate
 from moe_vision.data.chat import tokenise
 from moe_vision.data.records import load_records
-from moe_vision.experts.weights import load_expert_weights, read_state_dict, resolve, spec_source
+from moe_vision.experts.shards import read_file, read_files
+from moe_vision.experts.weights import load_expert_weights, resolve, spec_source
 from moe_vision.modeling.compose import compose
 from moe_vision.modeling.cost import TEXT_TOKENS, cost
 from moe_vision.modeling.model_config import ModelConfig
@@ -122,8 +123,8 @@ def test_prealign_keeps_the_experts_and_nothing_else(tmp_path: Path) -> None:
     for name in ("clip", "sam"):
         expert: Any = before.model.vision_tower.experts[name]
         path = tmp_path / f"out/experts/{name}.safetensors"
-        published = read_state_dict(resolve(spec_source(expert.config.spec), expert.config.spec))
-        assert read_state_dict([path]).keys() == published.keys()
+        published = read_files(resolve(spec_source(expert.config.spec), expert.config.spec))
+        assert read_file(path).keys() == published.keys()
         load_expert_weights(expert, str(path))
         prefix = f"model.vision_tower.experts.{name}."
         assert all(torch.equal(value, after[prefix + key]) for key, value in expert.state_dict().items())

@@ -15,6 +15,7 @@ from transformers import Pix2StructForConditionalGeneration as Pix2Struct
 
 from moe_vision.experts import EXPERTS, Expert
 from moe_vision.experts.weights import WeightsError, load_expert_weights, read_library
+from tests.published import write_shards
 
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "pretrained": None}
 CLIP = {
@@ -274,3 +275,17 @@ def test_unknown_architecture_values_and_variants() -> None:
         EXPERTS["clip"](variant="micro", architecture={"hiden_size": 3})
     with pytest.raises(ValueError, match="unknown variant 'vit_larg' of sam: did you mean 'vit_large'"):
         EXPERTS["sam"](variant="vit_larg")
+
+
+def test_a_folder_is_read_by_its_index(tmp_path: Path) -> None:
+    expert = EXPERTS["clip"](variant="micro", pretrained=None).build()
+    state = expert.state_dict()
+    write_shards(tmp_path, state)
+    save_file({key: value + 1 for key, value in state.items()}, tmp_path / "model-00001-of-00002_old.safetensors")
+    torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "pytorch_model.bin")
+    other = EXPERTS["clip"](variant="micro", pretrained=None).build()
+    load_expert_weights(other, str(tmp_path))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in expert.state_dict().items())
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"index\.json' lists 'model-00002-of-00002\.safetensors', which is not in"):
+        load_expert_weights(other, str(tmp_path))

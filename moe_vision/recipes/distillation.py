@@ -98,14 +98,18 @@ class Agglomeration(nn.Module):
 
     def __init__(self, expert: Expert) -> None:
         super().__init__()
-        self.teachers, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        teachers: dict[str, Expert] = {}
         for name in TEACHERS:
-            teacher: Expert = EXPERTS[name](variant="micro").build()
-            load_expert_weights(teacher, "default")
-            self.teachers[name] = teacher.eval().requires_grad_(False)
-            self.heads[name] = nn.Sequential(
-                nn.Conv2d(expert.config.channels, 128, 1), nn.GELU(), nn.Conv2d(128, teacher.config.channels, 1)
-            )
+            teachers[name] = EXPERTS[name](variant="micro").build()
+            load_expert_weights(teachers[name], "default")
+        self.teachers = nn.ModuleDict(teachers).eval().requires_grad_(False)
+        channels = expert.config.channels
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Conv2d(channels, 128, 1), nn.GELU(), nn.Conv2d(128, teacher.config.channels, 1))
+                for name, teacher in teachers.items()
+            }
+        )
 
     def train(self, mode: bool = True) -> "Agglomeration":
         super().train(mode)

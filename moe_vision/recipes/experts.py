@@ -51,7 +51,7 @@ RECIPES: Mapping[str, Recipe] = {
     "pix2struct": Recipe(fields=("kind", "digit0", "digit1", "digit2", "bar0", "bar1", "bar2"), steps=1000),
     "eva02": Recipe(fields=("kind", "shape", "colour"), steps=500),
     "sam": Recipe(fields=("kind", "blob"), mask=True, steps=400),
-    "siglip": Recipe(contrast="sigmoid", steps=1500, batch_size=96),
+    "siglip": Recipe(contrast="sigmoid", steps=1500, batch_size=96, learning_rate=3e-3),
     "dinov3": Recipe(kind="self_distilled", steps=1000),
     "radio": Recipe(kind="agglomerated", steps=1000),
 }
@@ -75,7 +75,7 @@ class Objective(nn.Module):
             self.image = nn.Linear(128, 64)
             self.temperature = nn.Parameter(torch.tensor(2.0))
         if recipe.contrast == "sigmoid":
-            self.bias = nn.Parameter(torch.tensor(-4.0))
+            self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, expert: Expert, pictures: Pictures, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss and metrics of the pictures `rows`."""

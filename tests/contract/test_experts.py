@@ -14,20 +14,13 @@ import_plugin(Path(__file__).with_name("plugin_expert.py"))
 
 ALL = sorted(EXPERTS)
 
-VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY: dict[str, dict[str, Any]] = {
-    "dinov3": {"variant": "vits16", "image_size": (64, 64), "architecture": VIT},
-    "radio": {
-        "variant": "v4_h", "image_size": (64, 64),
-        "architecture": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_img_size": 512},
-    },
-    "siglip": {"variant": "v2_base_patch16_512", "architecture": VIT | {"image_size": 64}},
     "timm": {
         "variant": "eva02_large_patch14_clip_336.merged2b",
         "architecture": {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 56},
     },
 }  # fmt: skip
-"""Miniatures of the families that have no `micro` checkpoint."""
+"""A miniature of the family that has no `micro` checkpoint."""
 
 
 def micro(name: str, **changes: object) -> ExpertConfig:

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from moe_vision import cli
+from moe_vision.recipes.experts import RECIPES
 from moe_vision.viz.tables import COMPARED
 from tests.tiny import tiny_model, tiny_values
 from tests.unit.toy import train_values
@@ -168,7 +169,7 @@ def test_schema_is_json_schema(monkeypatch, capsys) -> None:
 
 def test_micro_list(monkeypatch, capsys) -> None:
     code, out, _ = run(monkeypatch, capsys, "micro", "list", "--json")
-    assert code == 0 and set(json.loads(out)) == {"clip", "convnext", "pix2struct", "eva02", "sam", "language_model"}
+    assert code == 0 and set(json.loads(out)) == {*RECIPES, "language_model"}
     code, _, err = run(monkeypatch, capsys, "micro", "rebuild", "--expert", "clop")
     assert code == 2 and "did you mean 'clip'" in err
 

@@ -5,12 +5,18 @@ import random
 import re
 
 import pytest
+import torch
 from PIL import Image
 
 from moe_vision.data.records import load_records
 from moe_vision.data.synthetic import TASKS, caption, make_scene, questions, render, scene_seed, write_split
 from moe_vision.data.synthetic.scene import SPLITS, Label, Shape
+from moe_vision.experts import EXPERTS
+from moe_vision.experts.weights import load_expert_weights
+from moe_vision.recipes.distillation import probes
+from moe_vision.recipes.experts import pretrain
 from moe_vision.recipes.language_model import WORDS
+from moe_vision.recipes.pictures import Pictures
 from moe_vision.recipes.rebuild import damaged, packaged_zoo, read_manifest, rebuild
 from moe_vision.recipes.tokenizer import build_tokenizer
 
@@ -142,15 +148,42 @@ def test_the_template_marks_answers_with_their_end(tokenizer):
 def test_the_packaged_weights_are_those_of_the_manifest():
     zoo = packaged_zoo()
     manifest = read_manifest(zoo)
-    assert set(manifest) == {"clip", "convnext", "sam", "eva02", "pix2struct", "language_model"}
+    experts = {"clip", "convnext", "sam", "eva02", "pix2struct", "siglip", "dinov3", "radio"}
+    assert set(manifest) == {*experts, "language_model"}
     assert damaged(zoo) == []
-    assert sum(path.stat().st_size for path in zoo.rglob("*.safetensors")) < 4_000_000
+    assert sum(path.stat().st_size for path in zoo.rglob("*.safetensors")) < 6_000_000
 
 
 def test_a_rebuilt_expert_is_the_same_for_the_same_seed(tmp_path):
     made = [rebuild(["sam"], tmp_path / name, seed=seed, step_scale=0.001)["sam"]["sha256"]
             for name, seed in (("one", 3), ("two", 3), ("other", 4))]  # fmt: skip
     assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize("name", ["siglip", "dinov3", "radio"])
+def test_a_recipe_without_cell_labels_repeats_with_its_seed(name: str, tmp_path) -> None:
+    pictures = Pictures("train", 24, 5)
+    metrics = [pretrain(name, tmp_path / run, pictures, pictures, seed=seed, steps=4)
+               for run, seed in (("one", 3), ("two", 3), ("other", 4))]  # fmt: skip
+    files = [(tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("one", "two", "other")]
+    assert files[0] == files[1] != files[2] and metrics[0] == metrics[1]
+    measured = read_manifest(packaged_zoo())[name]["held_out"]
+    assert measured.keys() == metrics[0]["held_out"].keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["siglip", "dinov3", "radio"])
+def test_what_an_expert_learnt_without_cell_labels_can_be_read_from_its_map(name: str) -> None:
+    pictures, accuracy = Pictures("test", 128, 5), []
+    for pretrained in ("default", None):
+        torch.manual_seed(0)
+        expert = EXPERTS[name](variant="micro", pretrained=pretrained).build().eval()
+        if pretrained is not None:
+            load_expert_weights(expert, pretrained)
+        accuracy.append(probes(expert, pictures, torch.arange(128)))
+    trained, untrained = accuracy
+    assert trained["probe_kind"] > 0.9 and trained["probe_kind"] > untrained["probe_kind"]
+    assert trained["probe_colour"] > untrained["probe_colour"] + 0.1
 
 
 def test_an_unknown_member_is_refused_by_name(tmp_path):

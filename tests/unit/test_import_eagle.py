@@ -184,5 +184,5 @@ def test_unusable_weights_are_named_as_published(published: Any, tmp_path: Path)
     ):  # fmt: skip
         torch.save({**state, key: change(state[key].clone())}, file)
         with pytest.raises(ValueError, match=rf"{file.name}': {key} .*{problem}"):
-            import_eagle(source, tmp_path / "ours", OVERRIDES)
+            import_eagle(source, tmp_path / "ours", OVERRIDES, allow_bin=True)
         assert not (tmp_path / "ours").exists()

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from moe_vision.data.faults import DataError, Fault, RecordFault, problems_of
-from moe_vision.slicing.pictures import eight_bit
+from moe_vision.slicing.image_files import opened_file
+from moe_vision.slicing.pixels import ImageError, to_rgb
 
 IMAGE_MARKER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -185,28 +186,24 @@ def parse_turn(turn: Any, name: str) -> Turn:
     return Turn(ROLES[turn["from"]], turn["value"])
 
 
-def check_image(path: Path) -> None:
-    """Raise RecordFault if `path` is missing, empty or no picture; reads the header only."""
-    if not path.is_file():
-        raise RecordFault(
-            f"image '{path}': no such file; mend the path, or give the folder it starts from as image_root",
-            "image_missing",
-        )
-    if path.stat().st_size == 0:
-        raise RecordFault(f"image '{path}': has zero bytes; fetch it again", "image_broken")
+@contextmanager
+def image_of_record(path: Path | str) -> Iterator[Image.Image]:
+    """An image file's header. Raises RecordFault naming the file for every fault, in the block too."""
     try:
-        with opened(path) as picture:
-            width, height = picture.size
-    except Image.DecompressionBombError as error:
-        raise RecordFault(
-            f"image '{path}': is too large to decode safely ({error}); make it smaller", "image_broken"
-        ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RecordFault(
-            f"image '{path}': cannot be read as a picture ({error}); replace it", "image_broken"
-        ) from None
-    if min(width, height) < 1:
-        raise RecordFault(f"image '{path}': is {height}x{width} pixels, nothing to see; replace it", "image_broken")
+        with opened_file(Path(path)) as image:
+            if min(image.size) < 1:
+                raise ImageError(f"is {image.height}x{image.width} pixels, nothing to see; replace it")
+            yield image
+    except ImageError as error:
+        if error.missing:
+            raise RecordFault(f"{error} (image_root)", "image_missing") from error
+        raise RecordFault(str(error), "image_broken") from error
+
+
+def check_image(path: Path) -> None:
+    """Raise RecordFault if `path` is missing, empty or no image; reads the header only."""
+    with image_of_record(path):
+        pass
 
 
 TURNED = frozenset({5, 6, 7, 8})
@@ -214,45 +211,17 @@ TURNED = frozenset({5, 6, 7, 8})
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) of a picture as `load_image` gives it, without decoding it but for PNG files. Raises
+    """(height, width) of an image as `load_image` gives it, without decoding it but for PNG files. Raises
     RecordFault naming the file.
     """
-    path = Path(path)
-    check_image(path)
-    try:
-        with opened(path) as picture:
-            width, height = picture.size
-            # Pillow turns a TIFF's size by itself. A PNG tells its orientation behind its pixels: it is read to there.
-            turns = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in TURNED
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RecordFault(
-            f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it", "image_broken"
-        ) from None
+    with image_of_record(path) as image:
+        width, height = image.size
+        # Pillow turns a TIFF's size itself. A PNG has its orientation after its pixels: it is read to there.
+        turns = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in TURNED
     return (width, height) if turns else (height, width)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture's header. Pillow's warning about large pictures is kept back: what is too large is refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as picture:
-            yield picture
-
-
 def load_image(path: Path | str) -> Image.Image:
-    """Decode a picture upright and as RGB; transparency lies on white. Raises RecordFault naming the file."""
-    path = Path(path)
-    check_image(path)
-    try:
-        with opened(path) as header:
-            picture = eight_bit(ImageOps.exif_transpose(header))
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                layered = picture.convert("RGBA")
-                white = Image.new("RGBA", layered.size, "white")
-                return Image.alpha_composite(white, layered).convert("RGB")
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordFault(
-            f"image '{path}': cannot be decoded ({error}); it may be truncated, replace it", "image_broken"
-        ) from None
+    """Decode an image upright and as RGB, over white where it is transparent. Raises RecordFault naming the file."""
+    with image_of_record(path) as image:
+        return to_rgb(image)

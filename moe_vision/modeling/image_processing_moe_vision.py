@@ -2,20 +2,25 @@
 the model.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
 
 from moe_vision.modeling.configuration_moe_vision import SavesItsCode, from_plain
 from moe_vision.registry import SLICING
 from moe_vision.slicing.base import SlicingPolicy
-from moe_vision.slicing.pictures import eight_bit
+from moe_vision.slicing.image_files import read_image
+from moe_vision.slicing.pixels import ImageError, to_bytes, to_rgb
 from moe_vision.slicing.plan import Plan, Size
 from moe_vision.slicing.render import render
 
@@ -57,11 +62,39 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
         """Rows of pixel_values that an image of this size becomes."""
         return len(self.plan((height, width)).views)
 
-    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One picture as [3, H, W], as the library makes it, but 16-bit grey scaled and not clipped."""
-        picture = eight_bit(image) if isinstance(image, Image.Image) else image
-        made: torch.Tensor = super().process_image(picture, *args, **kwargs)
-        return made
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths, URLs, data URIs and base64 strings as Pillow images, in the lists that they came in; images as they
+        came. Raises ImageError. The library's own would drop transparency and cut 16 bits off.
+        """
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return read_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(
+        self, image: Any, do_convert_rgb: bool | None = None, input_data_format: Any = None, device: Any = None,
+        do_rescale: bool | None = True, **kwargs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """One image as bytes [3, H, W], by the rule of `slicing/pixels.py`.
+
+        Raises ImageError if the range of its values is not known, or is not the 0..1 of `do_rescale=False`.
+        """
+        if isinstance(image, Image.Image):
+            pixels, input_data_format = torch.from_numpy(np.array(to_rgb(image))), ChannelDimension.LAST
+            scaled_before = False
+        else:
+            values = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+            pixels = to_bytes(values)
+            scaled_before = values.is_floating_point() and values.max().item() < 2
+        if do_rescale is False and not scaled_before:
+            raise ImageError("do_rescale=False says that pixel values are in 0..1, and these are not: leave it out")
+        made: torch.Tensor = super().process_image(
+            pixels, do_convert_rgb=False, input_data_format=input_data_format, device=device
+        )
+        if made.shape[0] == 4:
+            made = pil_to_tensor(to_rgb(to_pil_image(made.cpu()))).to(made.device)
+        if made.shape[0] not in (1, 3):
+            raise ImageError(f"it has {made.shape[0]} channels: give 1, 3, or 4 with transparency as the last")
+        return made.expand(3, -1, -1)
 
     def _preprocess(  # type: ignore[override]
         self, images, do_rescale, rescale_factor, slicing, images_per_prompt, return_tensors, **kwargs
@@ -69,7 +102,7 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
         """[3, H, W] each → pixel_values [V, 3, H, W] in [0, 1], views in the plans' order, smaller ones with zeros to
         their right and below; image_sizes [V, 3]: of each view's image height, width, images in the prompt.
 
-        Pictures are in 0..255, or in 0..1 where `do_rescale` is false.
+        Images are bytes; `rescale_factor` is what `do_rescale` multiplies them by.
         vLLM cuts every tensor here into images by their numbers of views, so each has a row for every view.
         """
         given = [name for name in ("size", "crop_size", "pad_size", "do_resize", "do_pad", "do_center_crop", "resample")
@@ -81,10 +114,8 @@ class MoeVisionImageProcessor(SavesItsCode, TorchvisionBackend):
         views, sizes, tokens = [], [], []
         for image, count in zip(images, counts, strict=True):
             plan = policy.plan((image.shape[-2], image.shape[-1]), count)
-            picture = image if do_rescale else image.float() / rescale_factor  # colours to pad with are in 0..255
-            for view in render(picture, plan.views):
-                # Bicubic overshoots on float images; views are promised in [0, 1].
-                views.append(self.rescale(view, rescale_factor).clamp(0, 1))
+            factor = rescale_factor if do_rescale else 1 / 255
+            views += [self.rescale(view, factor).clamp(0, 1) for view in render(image, plan.views)]
             sizes += [[*plan.size, count]] * len(plan.views)
             tokens.append(plan.num_tokens)
         data = {"pixel_values": join_views(views), "image_sizes": torch.tensor(sizes), "num_image_tokens": tokens}

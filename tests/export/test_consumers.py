@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from moe_vision.modeling.compose import load
 from tests.export.conftest import Exported
 from tests.export.isolated import isolated, isolated_command, isolated_environment
@@ -86,6 +88,14 @@ def ask(address: str, folder: Path, content: Any, **options: Any) -> str:
     return text
 
 
+def about(image: Image.Image, **options: Any) -> list[dict[str, Any]]:
+    """The question about an image, which is sent as a PNG file."""
+    stored = io.BytesIO()
+    image.save(stored, "PNG", **options)
+    uri = f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}"
+    return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": QUESTION}]
+
+
 def own_answers(source: Path) -> list[tuple[str, int]]:
     """What generate() of the exported model answers without a picture and with one, and the tokens of the prompts."""
     model, processor = load(source)
@@ -99,19 +109,21 @@ def own_answers(source: Path) -> list[tuple[str, int]]:
 
 
 def test_transformers_serve_answers_chats(micro: Exported, tmp_path: Path) -> None:
-    """As generate() does, with a picture, without one, and as a stream."""
-    stored = io.BytesIO()
-    picture(0).save(stored, "PNG")
-    uri = f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}"
-    seen = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": QUESTION}]
+    """As generate() does, with an image, without one, with one that is stored sideways, and as a stream."""
+    seen = about(picture(0))
+    exif = Image.Exif()
+    exif[274] = 6  # a phone's: to be shown turned by a quarter, clockwise
+    phone = about(picture(0).transpose(Image.Transpose.ROTATE_90), exif=exif)
     with server(micro.folder, tmp_path / "server") as address:
         replies = [json.loads(ask(address, micro.folder, content)) for content in (QUESTION, seen)]
+        turned = json.loads(ask(address, micro.folder, phone))
         stream = ask(address, micro.folder, seen, stream=True)
 
     texts = [reply["choices"][0]["message"]["content"] for reply in replies]
     lengths = [reply["usage"]["prompt_tokens"] for reply in replies]
     assert list(zip(texts, lengths, strict=True)) == own_answers(micro.source)
     assert len(set(texts)) == 2
+    assert turned["choices"][0]["message"]["content"] == texts[1]
 
     events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
     choices = [event["choices"][0] for event in events]

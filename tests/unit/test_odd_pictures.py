@@ -173,5 +173,5 @@ def test_a_truncated_jpeg_is_refused_when_it_is_decoded(tiny: Tiny, tmp_path: Pa
         with pytest.raises(ValueError, match=r"cut\.png': cannot be decoded .*truncated, replace it"):
             read(plain)
     path.write_bytes(content[:40])
-    with pytest.raises(ValueError, match=r"cut\.jpg': cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"cut\.jpg': cannot be read as an image"):
         image_size(path)

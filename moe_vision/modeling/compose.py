@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from moe_vision.experts.weight_values import WeightsError
 from moe_vision.experts.weights import load_expert_weights, located
@@ -23,7 +23,7 @@ from moe_vision.modeling import (
 )
 from moe_vision.modeling.folder_checks import InitialZeros, check_objects, load_processor, read_skeleton
 from moe_vision.modeling.generation_defaults import generation_config_of
-from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.modeling.model_config import LanguageModelConfig, ModelConfig
 from moe_vision.modeling.model_files import reading
 from moe_vision.modeling.sentencepiece_tokenizer import read_tokenizer
 from moe_vision.modeling.stored_weights import (
@@ -49,11 +49,12 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     source = language.tokenizer or language.pretrained
     if source is None:
         raise ValueError("language_model has no tokenizer: give `tokenizer`, a Hub id or a folder")
+    language.text_config()  # a fault of config.json is not to be found by the tokenizer, which reads it too
     tokenizer = load_tokenizer(located(source), language.image_token)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     defaults = generation_config_of(language.pretrained, hf_config.text_config, tokenizer, image_token_id)
-    model = MoeVisionForConditionalGeneration(copy.deepcopy(hf_config)).float()
+    model = build(hf_config, language)
     check_language_model(model, language.pretrained or model.config.text_config.model_type)
     for name, expert in config.experts.items():
         if expert.pretrained is not None:
@@ -64,6 +65,18 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     fit_vocabulary(model, tokenizer)
     model.generation_config = defaults
     return model, make_processor(config, hf_config, tokenizer)
+
+
+def build(config: MoeVisionConfig, language: LanguageModelConfig) -> MoeVisionForConditionalGeneration:
+    """The model with random weights in fp32. Raises ModelFilesError where no language model can be built of its
+    source's config.json."""
+    try:
+        return MoeVisionForConditionalGeneration(copy.deepcopy(config)).float()
+    except Exception:
+        if language.pretrained is not None and language.architecture is None:
+            with reading(f"{located(language.pretrained)}/config.json"), torch.device("meta"):
+                AutoModel.from_config(config.text_config)
+        raise
 
 
 def fit_vocabulary(model: MoeVisionForConditionalGeneration, tokenizer: Any) -> None:
@@ -84,11 +97,14 @@ def compile_experts(model: MoeVisionForConditionalGeneration, config: ModelConfi
 def load_tokenizer(source: str, image_token: str, **settings: Any) -> Any:
     """A tokenizer that has an image token (`image_token` where it has none of its own), pads, and pads left.
 
-    settings: passed to `from_pretrained`.
+    settings: passed to `from_pretrained`. Raises ModelFilesError naming the file that cannot be used.
     """
-    tokenizer = read_tokenizer(source, **settings)
-    if getattr(tokenizer, "image_token", None) is None:
-        tokenizer = read_tokenizer(source, extra_special_tokens={"image_token": image_token}, **settings)
+    if Path(source).is_dir():
+        check_objects(Path(source))
+    with reading(f"{source}/tokenizer.json, tokenizer_config.json, chat_template.jinja"):
+        tokenizer = read_tokenizer(source, **settings)
+        if getattr(tokenizer, "image_token", None) is None:
+            tokenizer = read_tokenizer(source, extra_special_tokens={"image_token": image_token}, **settings)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

@@ -35,10 +35,13 @@ def find_file(source: str, name: str) -> Path | None:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn any exception of a library that reads `path` into ModelFilesError."""
+    """Turn any exception of a library that reads `path` into ModelFilesError.
+
+    OSError passes: it names its file, or says that the Hub cannot be reached.
+    """
     try:
         yield
-    except ModelFilesError:
+    except (ModelFilesError, OSError):
         raise
     except Exception as error:
         kind = type(error).__name__

@@ -74,6 +74,8 @@ def test_expert_weights(form: str, kind: str, expert_file: Path, tmp_path: Path)
         first = {k: v for k, v in weights.items() if k != key}
         save_file(first, tmp_path / "model-00001-of-00002.safetensors")
         save_file({key: weights[key]}, tmp_path / "model-00002-of-00002.safetensors")
+        files = {k: f"model-0000{1 + (k == key)}-of-00002.safetensors" for k in weights}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         name, source = "model-00002-of-00002.safetensors", tmp_path
     expert = EXPERTS["clip"](variant="micro", pretrained=None).build()
     before = {name: value.clone() for name, value in expert.state_dict().items()}
@@ -139,6 +141,28 @@ def test_a_language_model_that_lacks_weights(tmp_path: Path) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing: .*layers\.1\.mlp\.up_proj\.weight"):
+        composed(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"a": ', "[" * 5000])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_json_of_the_wrong_kind_in_a_language_model(name: str, content: str, tmp_path: Path) -> None:
+    language_model(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}.*: restore"):
+        composed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("config.json", "vocab_size", 0), ("config.json", "hidden_act", "nonsense"), ("tokenizer.json", "model", 7),
+     ("tokenizer.json", "added_tokens", 3), ("tokenizer.json", "post_processor", {"type": "nonsense"}),
+     ("tokenizer_config.json", "eos_token", 7), ("tokenizer_config.json", "extra_special_tokens", "x")],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_in_a_language_model(file: str, key: str, value: Any, tmp_path: Path) -> None:
+    language_model(tmp_path)
+    change_json(tmp_path / file, key, value=value)
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")):
         composed(tmp_path)
 
 

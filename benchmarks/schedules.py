@@ -27,7 +27,7 @@ from moe_vision.modeling.model_config import packaged_config
 from moe_vision.training.data import on_disk
 from moe_vision.training.features import FeatureCache
 from moe_vision.training.runner import train
-from moe_vision.training.schedule import StageConfig, TrainConfig, resolve_paths
+from moe_vision.training.schedule import StageConfig, TrainConfig
 
 EXPERT_RATE = 1e-4
 """Learning rate of experts that train in `finetune`."""
@@ -37,7 +37,7 @@ Values = dict[str, Any]
 
 def preset(name: str) -> Values:
     path = packaged_config(f"train/{name}.yaml")
-    return resolve_paths(read_yaml(path), path.parent)
+    return read_yaml(path, TrainConfig)
 
 
 def unlocked(values: Values) -> Values:

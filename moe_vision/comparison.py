@@ -25,6 +25,7 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.cost import CostTable, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import MIXERS, suggest
+from moe_vision.terminal import terminal
 from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import on_disk, records_of, settle, staged
 from moe_vision.training.features import FeatureCache
@@ -115,7 +116,7 @@ def compare(
 
     Raises ConfigError, OutputError or DataError before a weight loads.
     """
-    console = console or Console()
+    console = console or terminal()
     contenders = plan(config, names)
     base = model_config(config)
     resolved = yaml.safe_dump({**config.model_dump(mode="json"), "model": base.to_plain()}, sort_keys=False)

@@ -6,60 +6,43 @@ that register more. All errors come at once, each with its path, value, cause an
 """
 
 import dataclasses
-import importlib.util
-import re
-import sys
+import math
+import os
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticKnownError, core_schema
 
+from moe_vision.config_paths import absolute
+from moe_vision.errors import ConfigError, Problem
+from moe_vision.files import FileError, read_text, resolved
+from moe_vision.plugins import checked_plugin, import_plugin
 from moe_vision.registry import Registry, suggest
+from moe_vision.yaml_reader import parse_yaml
 
+__all__ = [
+    "Config", "ConfigError", "Problem", "Registered", "apply_override", "import_plugin", "load_config", "merge",
+    "overridden", "read_yaml", "validate",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: where, what was found, why it is wrong, what to do."""
+MAX_CONFIG_BYTES = 2**20
+"""Largest config file."""
 
-    path: str
-    value: Any
-    cause: str
-    cure: str
+MAX_BASES, MAX_KEYS = 32, 32
+"""Most files below each other by `base:`; most keys of an override."""
 
-    def __str__(self) -> str:
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 200 else shown[:197] + "…"
-        return f"{self.path} = {shown}: {self.cause}; {self.cure}"
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with one config."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.source, self.problems = source, list(problems)
-        lines = [f"{source}: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"]
-        super().__init__("\n".join(lines + [f"  {problem}" for problem in self.problems]))
+LARGEST_NUMBER = 10**15
+"""Largest number of a config, either sign."""
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and a key that it does not know is an error."""
+    """Base of every config: frozen, without infinite numbers, and a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as everywhere else; PyYAML reads it as text without a point in it."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Registered:
@@ -101,51 +84,100 @@ class Registered:
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def load_config(cls: type[ConfigT], path: Path | str, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file, merge its bases, apply overrides, import its plug-ins and validate. Raises ConfigError."""
-    path = Path(path)
-    values = read_yaml(path)
+def load_config(
+    cls: type[ConfigT], path: Path | str, overrides: Sequence[str] = (), *, allow_plugins: bool = False
+) -> ConfigT:
+    """Read a YAML file, merge its bases, apply overrides, import its plug-ins and validate.
+
+    Relative paths start at the file that holds them, those of overrides at the working folder. allow_plugins: also run
+    plug-ins outside the folder of the file that names them. Raises ConfigError.
+    """
+    values = read_yaml(Path(path), cls, allow_plugins=allow_plugins)
+    return validate(cls, overridden(cls, values, overrides), source=str(path))
+
+
+def overridden(cls: type[Config], values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Values under overrides of the command line. Raises ConfigError."""
     for override in overrides:
-        values = apply_override(values, override)
-    return validate(cls, values, source=str(path), folder=path.parent)
+        values = apply_override(values, override, cls)
+    return values
 
 
-def validate(cls: type[ConfigT], values: dict[str, Any], *, source: str, folder: Path = Path()) -> ConfigT:
-    """Validate plain values; `folder` is where relative plug-in paths start. Raises ConfigError with every problem."""
-    for plugin in values.get("plugins") or []:
-        import_plugin((folder / str(plugin)).resolve())
-    if values.get("plugins"):
-        values = {
-            **values,
-            "plugins": [str((folder / str(plugin)).resolve()) for plugin in values["plugins"]],
-        }
+def validate(cls: type[ConfigT], values: dict[str, Any], *, source: str, folder: Path | None = None) -> ConfigT:
+    """Validate plain values, and import the plug-ins that they name, from wherever they are.
+
+    folder: where relative paths start; None leaves the values as they are. Raises ConfigError with every problem.
+    """
+    if folder is not None:
+        values = absolute(cls, values, folder, lambda name, place: checked_plugin(name, folder, True, source, place))
+    if problems := list(unusable_numbers(values)):
+        raise ConfigError(source, problems)
+    plugins = values.get("plugins")
+    for plugin in plugins if isinstance(plugins, list) else ():
+        if isinstance(plugin, str):
+            import_plugin(Path(plugin), source)
     try:
         return cls.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(source, [_problem(cls, values, e) for e in error.errors(include_url=False)]) from None
 
 
-def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML mapping with its `base:` files merged below it. Raises ConfigError."""
-    path = path.resolve()
-    if path in _seen:
-        chain = " → ".join(str(p) for p in (*_seen, path))
-        raise ConfigError(str(path), [Problem("base", path.name, "includes itself", f"break the circle {chain}")])
+def unusable_numbers(value: Any, place: str = "") -> Iterator[Problem]:
+    """Numbers that are infinite, not a number, or beyond `LARGEST_NUMBER`."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from unusable_numbers(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from unusable_numbers(item, f"{place}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(place, value, "is no finite number", "write a number, or leave the key out for its default")
+    elif isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        yield Problem(place, value, f"is out of range, beyond {LARGEST_NUMBER:,}", "write a smaller number")
+
+
+def read_yaml(
+    path: Path, cls: type[Config] | None = None, *, allow_plugins: bool = False, _seen: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Read a YAML mapping with its `base:` files merged below it.
+
+    cls: the config class of the values, whose relative paths are made absolute, each from the file that holds it; None
+    leaves them. allow_plugins: as in `load_config`. Raises ConfigError.
+    """
+    path = resolved(path)
+    if path in _seen or len(_seen) >= MAX_BASES:
+        chain = " → ".join(str(p) for p in (*_seen[-4:], path))
+        cause = "includes itself" if path in _seen else f"has more than {MAX_BASES} bases below each other"
+        raise ConfigError(str(path), [Problem("base", path.name, cause, f"break the circle {chain}")])
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        cure = suggest(path.name, near) if near else f"the folder {path.parent} has no config file"
-        raise ConfigError(str(path), [Problem("file", path.name, "no such file", cure)]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(str(path), [Problem("file", path.name, f"is not YAML: {error}", "mend its syntax")]) from None
+        text = read_text(path, "config", MAX_CONFIG_BYTES)
+    except FileError as error:
+        raise ConfigError(str(path), [_unread(path, error)]) from None
+    values = parse_yaml(text, str(path), "file", path.name)
     if not isinstance(values, dict):
         found = type(values).__name__
         raise ConfigError(str(path), [Problem("file", path.name, f"holds a {found}", "write `key: value` lines")])
     base = values.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(str(path), [Problem("base", base, "is no file's name", "give one YAML file to build upon")])
-    return merge(*_taken_out(read_yaml(path.parent / base, (*_seen, path)), values)) if base is not None else values
+    if cls is not None:
+        values = absolute(
+            cls, values, path.parent,
+            lambda name, place: checked_plugin(name, path.parent, allow_plugins, str(path), place),
+        )  # fmt: skip
+    if base is None:
+        return values
+    below = read_yaml(path.parent / os.path.expanduser(base), cls, allow_plugins=allow_plugins, _seen=(*_seen, path))
+    return merge(*_taken_out(below, values))
+
+
+def _unread(path: Path, error: FileError) -> Problem:
+    """What is wrong with a config file that cannot be read."""
+    if error.cause != "does not exist":
+        return Problem("file", path.name, error.cause, error.hint)
+    near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    hint = suggest(path.name, near) if near else f"the folder {path.parent} has no config file"
+    return Problem("file", path.name, "no such file", hint)
 
 
 def _taken_out(below: dict[str, Any], above: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -181,19 +213,35 @@ EXPERT_PLACES = (("experts",), ("model", "experts"))
 """Where experts stand in a model config, and in a train config that holds its model."""
 
 
-def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+def apply_override(values: Mapping[str, Any], override: str, cls: type[Config] | None = None) -> dict[str, Any]:
     """Apply one `dotted.key=value`; the value is YAML, and items of a list go by number, as `stages.0.epochs=2`.
 
-    `experts.sam=null` takes that expert out. Raises ConfigError where there is no `=`, no such expert or item, or
-    where the key reaches into something that is neither mapping nor list.
+    `experts.sam=null` takes that expert out. cls: the config class of the values; relative paths in the new value start
+    at the working folder. Raises ConfigError where there is no `=`, no such expert or item, where the value is not YAML
+    or where the key reaches into something that is neither mapping nor list.
     """
     path, equals, text = override.partition("=")
-    if not equals or not path:
+    keys = tuple(path.split("."))
+    if not equals or not all(keys) or len(keys) > MAX_KEYS:
         problem = Problem("override", override, "is not key=value", "write for example experts.clip.layer=-2")
         raise ConfigError("command line", [problem])
-    keys, value = tuple(path.split(".")), yaml.load(text, Loader)
+    value = parse_yaml(text, "command line", path, text)
+    if cls is not None:
+        value = _from_here(cls, keys, value)
     replaced = _replaced(values, (), keys, value)
     return _without_resample(replaced, keys[-1]) if value is None and keys[:-1] in EXPERT_PLACES else replaced
+
+
+def _from_here(cls: type[Config], keys: Sequence[str], value: Any) -> Any:
+    """The value of an override with relative paths that start at the working folder."""
+    here = Path.cwd()
+    nested = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    nested = absolute(cls, nested, here, lambda name, place: checked_plugin(name, here, True, "command line", place))
+    for key in keys:
+        nested = nested[key]
+    return nested
 
 
 def _without_resample(node: Any, name: str) -> Any:
@@ -236,27 +284,6 @@ def _replaced(node: Any, walked: tuple[str, ...], keys: tuple[str, ...], value: 
     return below
 
 
-def import_plugin(path: Path) -> None:
-    """Import a file for the classes it registers, once. Raises ConfigError if it is missing or fails."""
-    name = f"moe_vision_plugin_{path.stem}_{abs(hash(str(path)))}"
-    if name in sys.modules:
-        return
-    if not path.is_file():
-        raise ConfigError(
-            "plugins", [Problem("plugins", str(path), "no such file", "give a path relative to the config")]
-        )
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        cause = f"does not import: {type(error).__name__}: {error}"
-        raise ConfigError("plugins", [Problem("plugins", str(path), cause, "mend the file")]) from error
-
-
 def _problem(cls: type[BaseModel], values: Any, error: Any) -> Problem:
     path, names = _locate(cls, values, error["loc"])
     key = path.rsplit(".", 1)[-1]
@@ -285,6 +312,7 @@ CURES = {
     "int_from_float": "write a whole number",
     "float_parsing": "write a number, without a unit",
     "float_type": "write a number, without a unit",
+    "finite_number": "write a finite number",
     "bool_parsing": "write true or false",
     "string_type": "write text",
     "dict_type": "write `key: value` lines",

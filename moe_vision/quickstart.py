@@ -15,7 +15,7 @@ from moe_vision.evaluation import EvalReport, answer, evaluate, load_on_accelera
 from moe_vision.export import ExportReport, export
 from moe_vision.training.output import OutputError
 from moe_vision.training.runner import train
-from moe_vision.training.schedule import TrainConfig, resolve_paths
+from moe_vision.training.schedule import TrainConfig
 from moe_vision.viz.tables import accuracy_table
 
 TRAIN_SCENES, TEST_SCENES = 2000, 200
@@ -25,7 +25,7 @@ MARK = "quickstart.json"
 def micro_config(seed: int, data: dict[str, Path], experts: list[str] | None = None) -> TrainConfig:
     """The micro train config on generated data; `experts` keeps only those."""
     path = Path(str(resources.files("moe_vision"))) / "configs" / "train" / "micro.yaml"
-    values = resolve_paths(read_yaml(path), path.parent)
+    values = read_yaml(path, TrainConfig)
     values["seed"] = seed
     for stage, name in zip(values["stages"], ("captions", "questions"), strict=True):
         stage["data"] = {"path": str(data[name].resolve())}

@@ -9,14 +9,19 @@ import moe_vision
 
 ROOT = Path(moe_vision.__file__).parent
 LAYERS = {
-    "registry": 0, "types": 0, "config": 0,
+    "registry": 0, "types": 0, "errors": 0, "files": 0, "yaml_reader": 0, "plugins": 0, "config_paths": 0, "config": 0,
+    "terminal": 0,
     "slicing": 1, "experts": 1, "fusion": 1,
     "modeling": 2,
     "data": 3, "interop": 3, "evaluation": 4,
     "training": 4, "recipes": 4, "export": 4, "viz": 5,
     "quickstart": 6, "comparison": 6, "search": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
-SIBLINGS_MAY = {"config": {"registry"}, "recipes": set(), "export": set()}
+SIBLINGS_MAY = {
+    "config": {"registry", "errors", "files", "yaml_reader", "plugins", "config_paths"},
+    "config_paths": {"registry", "files"}, "plugins": {"errors", "files"}, "yaml_reader": {"errors"},
+    "recipes": set(), "export": set(),
+}  # fmt: skip
 
 
 def imports() -> list[tuple[str, str, Path]]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_vision.terminal import encodable
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -37,26 +39,42 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print JSON that standard output can hold: with escapes where its encoding lacks a character."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text if encodable(text) else json.dumps(value, indent=2))
+
+
+def plugins_allowed(context: typer.Context) -> bool:
+    """Whether `--allow-plugins` was given."""
+    return bool(context.find_root().params.get("allow_plugins"))
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version, and end the command, if it is wanted."""
+    if wanted:
+        from moe_vision import __version__
+
+        print(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=print_version, is_eager=True)
+    ] = False,
     plugin: Annotated[
         list[Path] | None, typer.Option(help="Import this file first: it registers what a model folder was made with.")
     ] = None,
+    allow_plugins: Annotated[
+        bool, typer.Option("--allow-plugins", help="Run plug-ins of configs that are outside the config's folder too.")
+    ] = False,
 ) -> None:
-    if version:
-        from moe_vision import __version__
-
-        print(__version__)
-        raise typer.Exit
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     for path in plugin or []:
         from moe_vision.config import import_plugin
 
-        import_plugin(path.resolve())
+        import_plugin(path, "--plugin")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from moe_vision.cli.common import AsJson, Overrides, app, print_json
+from moe_vision.cli.common import AsJson, Overrides, app, plugins_allowed, print_json
 from moe_vision.cli.data import data_config, on_file
+from moe_vision.terminal import say, terminal
 
 if TYPE_CHECKING:
     from moe_vision.training.schedule import TrainConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def show(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="A model config or a train config, in YAML.")] = None,
     overrides: Overrides = None,
     experts: Annotated[bool, typer.Option("--experts", help="List every checkpoint of the zoo instead.")] = False,
@@ -31,7 +32,7 @@ def show(
     """Print what a config builds and costs: experts, grids, tokens, parameters, FLOPs; of a train config, every run."""
     from moe_vision.viz.tables import cost_table, summary
 
-    console = Console()
+    console = terminal()
     if experts:
         from moe_vision.modeling.cost import zoo
         from moe_vision.viz.tables import zoo_table
@@ -45,8 +46,14 @@ def show(
         return
     if config is None:
         raise ValueError("show needs a config, or --experts: for example `moe-vision show configs/model/micro.yaml`")
-    if (schedule := schedule_class(config)) is not None:
-        show_schedule(schedule, config, overrides or [], image_size, data, image_root, console, as_json=as_json)
+    allowed = plugins_allowed(context)
+    if (kind := schedule_class(config)) is not None:
+        from moe_vision.training.loading import load_schedule
+
+        schedule = load_schedule(kind, config, overrides or [], allow_plugins=allowed)
+        if data is not None:
+            schedule = on_file(schedule, data_config(data, image_root))
+        show_schedule(schedule, config.stem, image_size, as_json=as_json)
         return
     if data is not None:
         raise ValueError(
@@ -57,33 +64,28 @@ def show(
     from moe_vision.modeling.model_config import ModelConfig
     from moe_vision.viz.plans import parse_size
 
-    model_config = load_config(ModelConfig, config, overrides or [])
+    model_config = load_config(ModelConfig, config, overrides or [], allow_plugins=allowed)
     costs = cost(model_config, SLICED_SIZE if image_size is None else parse_size(image_size))
     if as_json:
         print_json({"config": model_config.to_plain(), "cost": costs.to_dict()})
     else:
         console.print(cost_table(costs))
-        console.print(summary(costs), highlight=False)
+        say(console, summary(costs))
 
 
-def show_schedule(
-    kind: "type[TrainConfig]", path: Path, overrides: list[str], image_size: str | None, data: Path | None,
-    image_root: Path | None, console: Console, *, as_json: bool,
-) -> None:  # fmt: skip
+def show_schedule(config: "TrainConfig", title: str, image_size: str | None, *, as_json: bool) -> None:
     """Print every run of a train config, of a comparison those of each mixer."""
     from moe_vision.comparison import CompareConfig, schedules
     from moe_vision.modeling.cost import SLICED_SIZE
     from moe_vision.search import SearchConfig, planned_search
-    from moe_vision.training.loading import load_schedule, model_config
+    from moe_vision.training.loading import model_config
     from moe_vision.training.plan import plan_schedule
     from moe_vision.viz.plans import parse_size
     from moe_vision.viz.tables import runs_table
 
+    console = terminal()
     size = SLICED_SIZE if image_size is None else parse_size(image_size)
-    config = load_schedule(kind, path, overrides)
-    if data is not None:
-        config = on_file(config, data_config(data, image_root))
-    compared = schedules(config) if isinstance(config, CompareConfig) else {path.stem: config}
+    compared = schedules(config) if isinstance(config, CompareConfig) else {title: config}
     planned = {name: plan_schedule(one, model_config(one), size) for name, one in compared.items()}
     if as_json:
         plain = {name: [run.to_dict() for run in runs] for name, runs in planned.items()}
@@ -91,13 +93,14 @@ def show_schedule(
         return
     for name, runs in planned.items():
         console.print(runs_table(runs, f"{name}, seed {config.seed}"))
-    console.print("tokens and FLOPs are estimates; ? where the data is not at hand", highlight=False)
+    say(console, "tokens and FLOPs are estimates; ? where the data is not at hand")
     if isinstance(config, SearchConfig):
-        console.print(planned_search(config), highlight=False)
+        say(console, planned_search(config))
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     images: Annotated[
         list[str], typer.Argument(metavar="SIZE_OR_IMAGE ...", help="Sizes as HEIGHTxWIDTH in pixels, or pictures.")
     ],
@@ -111,8 +114,12 @@ def plan(
     config: Annotated[
         Path | None, typer.Option(help="A model config whose own slicing plans, in place of --policy.")
     ] = None,
-    images_per_prompt: Annotated[int, typer.Option(help="How many images a prompt has, each of these among them.")] = 1,
-    frames: Annotated[int | None, typer.Option(help="Plan videos of so many frames instead.")] = None,
+    images_per_prompt: Annotated[
+        int, typer.Option(help="How many images a prompt has, each of these among them.", min=1, max=100_000)
+    ] = 1,
+    frames: Annotated[
+        int | None, typer.Option(help="Plan videos of so many frames instead.", min=1, max=100_000)
+    ] = None,
     image: Annotated[Path | None, typer.Option("--image", help="Draw views, order and markers to this PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,7 +138,8 @@ def plan(
 
         assert config is not None
         overrides = [f"slicing.{setting}" for setting in settings or []]
-        slicing = load_config(ModelConfig, config, overrides).vision_config().policy()
+        loaded = load_config(ModelConfig, config, overrides, allow_plugins=plugins_allowed(context))
+        slicing = loaded.vision_config().policy()
     planned = plan_all(images, slicing, images_per_prompt, frames)
     if image is not None:
         from moe_vision.viz.plan_pictures import draw_plans
@@ -140,7 +148,7 @@ def plan(
     if as_json:
         print_json([item.to_dict() for item in planned])
     else:
-        Console().print(plan_table(planned, slicing.type_name))
+        terminal().print(plan_table(planned, slicing.type_name))
 
 
 def schedule_class(path: Path) -> "type[TrainConfig] | None":

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from moe_vision.files import resolved
+
 if TYPE_CHECKING:
     from moe_vision.training.schedule import DataConfig, TrainConfig
 
@@ -12,7 +14,7 @@ ScheduleT = TypeVar("ScheduleT", bound="TrainConfig")
 def data_config(path: Path, image_root: Path | None) -> "DataConfig":
     from moe_vision.training.schedule import DataConfig
 
-    return DataConfig(path=str(path.resolve()), image_root=None if image_root is None else str(image_root.resolve()))
+    return DataConfig(path=str(resolved(path)), image_root=None if image_root is None else str(resolved(image_root)))
 
 
 def on_file(config: "ScheduleT", data: "DataConfig") -> "ScheduleT":

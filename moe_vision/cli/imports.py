@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_vision.cli.common import ImportOutput, Overrides, import_app
+from moe_vision.files import resolved
 
 AllowBin = Annotated[
     bool, typer.Option("--allow-bin", help="Read pickled weights (.bin) where the folder has no .safetensors.")
@@ -14,7 +15,12 @@ AllowBin = Annotated[
 
 def imported_name(source: Path) -> Path:
     """Where an import goes that was not told where."""
-    return Path(f"{source.resolve().name}-moe-vision")
+    return Path(f"{resolved(source).name}-moe-vision")
+
+
+def say_imported(folder: Path) -> None:
+    """Print where an import is, and what to try."""
+    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
 
 
 @import_app.command("eagle")
@@ -28,7 +34,7 @@ def import_eagle(
     from moe_vision.interop import import_eagle as run
 
     folder = run(source, output or imported_name(source), overrides or [], allow_bin)
-    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
+    say_imported(folder)
 
 
 @import_app.command("llava-uhd")
@@ -42,7 +48,7 @@ def import_llava_uhd(
     from moe_vision.interop import import_llava_uhd as run
 
     folder = run(source, output or imported_name(source), overrides or [], allow_bin)
-    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
+    say_imported(folder)
 
 
 @import_app.command("slime")
@@ -56,4 +62,4 @@ def import_slime(
     from moe_vision.interop import import_slime as run
 
     folder = run(source, output or imported_name(source), overrides or [], allow_bin)
-    print(f'imported to {folder}. Now try: moe-vision generate {folder} "what is this" --image PICTURE')
+    say_imported(folder)

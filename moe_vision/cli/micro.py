@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from moe_vision.cli.common import AsJson, Overwrite, app, micro_app, print_json
+from moe_vision.terminal import terminal
 
 
 @app.command()
@@ -19,7 +19,7 @@ def quickstart(
     """Run the whole path on the embedded miniature: pictures, training, evaluation, questions, export, report."""
     from moe_vision.quickstart import quickstart as run
 
-    run(output, seed=seed, overwrite=overwrite, console=Console())
+    run(output, seed=seed, overwrite=overwrite, console=terminal())
 
 
 @micro_app.command("rebuild")
@@ -44,4 +44,4 @@ def list_micro(as_json: AsJson = False) -> None:
     if as_json:
         print_json(manifest)
     else:
-        Console().print(micro_table(manifest))
+        terminal().print(micro_table(manifest))

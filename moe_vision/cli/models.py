@@ -1,15 +1,15 @@
 """Commands about trained models: eval, generate, export, verify."""
 
-import json
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from moe_vision.cli.common import AsJson, Overwrite, app, print_json
+from moe_vision.files import json_text, read_json, write_text
+from moe_vision.terminal import say, terminal
 
 
 class FaultChoice(StrEnum):
@@ -49,7 +49,7 @@ def evaluate_command(
     report = evaluate(*load_on_accelerator(model), records, batch_size, max_new_tokens, on_fault=on_fault.value)
     report = replace(report, skipped=(*faults, *report.skipped))
     if predictions is not None:
-        predictions.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+        write_text(predictions, json_text(report.to_dict()), "predictions")
     if report.skipped:
         whole = SourceReport(str(data), report.count + len(report.skipped), report.count, report.count, report.skipped)
         reasons = ", ".join(f"{reason} {count}" for reason, count in whole.counts.items())
@@ -60,12 +60,12 @@ def evaluate_command(
         skipped = {"skipped": len(report.skipped)} if report.skipped else {}
         print_json({"average": report.average, "by_task": report.by_task, "count": report.count, **skipped})
     else:
-        Console().print(accuracy_table({model.name: report.by_task}))
+        terminal().print(accuracy_table({model.name: report.by_task}))
 
 
 def note(text: str) -> None:
     """Print a line for people to standard error, so that standard output holds results only."""
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    say(terminal(stderr=True), text, soft_wrap=True)
 
 
 @app.command()
@@ -116,7 +116,7 @@ def export(
     """Write a Hugging Face folder that loads without this package, and prove it in a second process."""
     from moe_vision.export import export as run
 
-    results = None if metrics is None else read_metrics(metrics)
+    results = None if metrics is None else read_json(metrics, "metrics")
     report = run(
         source, output, dtype=dtype, max_shard_size=max_shard_size, metrics=results, push=push, private=private,
         overwrite=overwrite,
@@ -125,17 +125,6 @@ def export(
         print_json(report.to_dict())
     else:
         print(report.summary())
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Results for a card. Raises ValueError where the file holds none."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"metrics '{path}' is not JSON ({error}): give what `eval --json` printed") from None
-    if not isinstance(results, dict):
-        raise ValueError(f"metrics '{path}' holds a JSON {type(results).__name__}: give an object of names and values")
-    return results
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_vision.cli.common import app
+from moe_vision.files import write_text
 
 
 @app.command()
@@ -30,4 +31,4 @@ def schema(
     if output is None:
         print(text)
     else:
-        output.write_text(text + "\n", encoding="utf-8")
+        write_text(output, text + "\n", "schema")

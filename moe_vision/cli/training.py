@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from moe_vision.cli.common import AsJson, Overrides, Overwrite, app, print_json
+from moe_vision.cli.common import AsJson, Overrides, Overwrite, app, plugins_allowed, print_json
 from moe_vision.cli.data import data_config, on_file
+from moe_vision.terminal import say, terminal
 
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A train config, in YAML.")],
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; the same call resumes it.")] = Path(
@@ -36,7 +37,7 @@ def train(
     from moe_vision.training.loading import load_train_config
     from moe_vision.training.runner import train as run
 
-    train_config = load_train_config(config, overrides or [])
+    train_config = load_train_config(config, overrides or [], allow_plugins=plugins_allowed(context))
     if data is not None:
         train_config = on_file(train_config, data_config(data, image_root))
     cache = None
@@ -44,14 +45,15 @@ def train(
         from moe_vision.training.feature_store import FeatureStore
 
         cache = FeatureStore(features, features_gb)
-    folder = run(train_config, output, overwrite=overwrite, console=Console(), cache=cache, only=only or [])
+    folder = run(train_config, output, overwrite=overwrite, console=terminal(), cache=cache, only=only or [])
     said = f"model: {folder}" if folder != output else f"output: {folder}"
-    main_console(Console()).print(said, highlight=False, markup=False, soft_wrap=True)
+    say(main_console(terminal()), said, soft_wrap=True)
     finish()
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A train config with `mixers` and `test`, in YAML.")],
     overrides: Overrides = None,
     mixer: Annotated[
@@ -77,22 +79,23 @@ def compare(
     from moe_vision.training.loading import load_schedule
     from moe_vision.viz.tables import comparison_table
 
-    compared = load_schedule(CompareConfig, config, overrides or [])
+    compared = load_schedule(CompareConfig, config, overrides or [], allow_plugins=plugins_allowed(context))
     if data is not None:
         compared = on_file(compared, data_config(data, image_root))
     if test is not None:
         compared = compared.model_copy(update={"test": data_config(test, image_root)})
     names = [*compared.mixers] if mixer is None else [name.strip() for name in mixer.split(",")]
-    summary = run(compared, names, seeds, output, overwrite=overwrite, console=Console(stderr=as_json))
+    summary = run(compared, names, seeds, output, overwrite=overwrite, console=terminal(stderr=as_json))
     if as_json:
         print_json(summary)
     else:
-        Console().print(comparison_table(summary))
+        terminal().print(comparison_table(summary))
         print(f"report: {output / 'report.md'}")
 
 
 @app.command()
 def search(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A search config, in YAML.")],
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the search; the same call resumes it.")] = (
@@ -113,12 +116,12 @@ def search(
     from moe_vision.search import search as run
     from moe_vision.training.loading import load_schedule
 
-    searched = load_schedule(SearchConfig, config, overrides or [])
+    searched = load_schedule(SearchConfig, config, overrides or [], allow_plugins=plugins_allowed(context))
     if data is not None:
         searched = on_file(searched, data_config(data, image_root))
     asked = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
     searched = searched.model_copy(update={name: data_config(path, image_root) for name, path in asked.items()})
-    summary = run(searched, output, overwrite=overwrite, retry_failed=retry_failed, console=Console(stderr=as_json))
+    summary = run(searched, output, overwrite=overwrite, retry_failed=retry_failed, console=terminal(stderr=as_json))
     if as_json:
         print_json(summary)
     else:

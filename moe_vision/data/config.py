@@ -1,13 +1,16 @@
 """Where records come from, and what happens to those that cannot be learnt from."""
 
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from moe_vision.config import Config
+from moe_vision.config_paths import FromFile
 
 DRAWN_SPLITS = ("train", "val", "test")
+
+MAX_SCENES = 1_000_000
+"""Most images that a config may draw."""
 
 
 class ColumnsConfig(Config):
@@ -54,12 +57,12 @@ class SourceConfig(Config):
 
     kinds: ClassVar[tuple[str, ...]] = ("path", "synthetic", "dataset")
 
-    path: str | None = None
-    image_root: str | None = None
+    path: Annotated[str | None, FromFile()] = None
+    image_root: Annotated[str | None, FromFile()] = None
     synthetic: Literal["captions", "questions"] | None = None
-    scenes: int | None = Field(default=None, ge=1)
+    scenes: int | None = Field(default=None, ge=1, le=MAX_SCENES)
     split: str = "train"
-    dataset: str | None = None
+    dataset: Annotated[str | None, FromFile("name")] = None
     config: str | None = None
     columns: ColumnsConfig | None = None
     streaming: bool = False
@@ -174,17 +177,3 @@ class DataConfig(SourceConfig):
         if self.mixture is not None:
             return self.mixture
         return [PartConfig.model_validate(self.model_dump(exclude={"mixture"}))]
-
-
-def resolve_data(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Plain values of a DataConfig with its relative paths made to start at `folder`. A dataset is a path where one is
-    there, else a name on the Hub.
-    """
-    resolved = dict(values)
-    for key in ("path", "image_root", "dataset"):
-        value = values.get(key)
-        if isinstance(value, str) and (key != "dataset" or (folder / value).exists()):
-            resolved[key] = str((folder / value).resolve())
-    if isinstance(values.get("mixture"), list):
-        resolved["mixture"] = [resolve_data(p, folder) if isinstance(p, dict) else p for p in values["mixture"]]
-    return resolved

@@ -64,7 +64,7 @@ class ExpertConfig:
     run_choices: ClassVar[frozenset[str]] = frozenset({"pretrained", "compile"})
 
     variant: str
-    pretrained: str | None = "default"
+    pretrained: str | None = field(default="default", metadata={"path": "name"})
     image_size: tuple[int, int] | None = None
     sizing: Literal["fixed", "multiple_of", "native"] = "fixed"
     resize: Literal["antialias", "bilinear", "align_corners"] = "antialias"

@@ -46,6 +46,7 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     Raises WeightsError where weights do not fit, OSError where the language model or its tokenizer cannot be found.
     """
     language = config.language_model
+    language.check_sources()
     source = language.tokenizer or language.pretrained
     if source is None:
         raise ValueError("language_model has no tokenizer: give `tokenizer`, a Hub id or a folder")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.experts.weights import spec_source
 from moe_vision.fusion import Mixer
 from moe_vision.modeling.configuration_moe_vision import MoeVisionVisionConfig
-from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.modeling.model_config import ModelConfig, brief
 from moe_vision.slicing import Size
 from moe_vision.types import FeatureMap, VisualTokens
 
@@ -84,12 +85,14 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
     parts = []
     with torch.device("meta"), torch.no_grad():
         for name, expert in config.experts.items():
-            module = expert.build()
+            with naming(f"experts.{name}"):
+                module = expert.build()
             inputs = Counter[Size]()
             for (branch, view), number in views.items():
                 if name in vision.branch_experts(branch):
                     inputs[expert.size_at(view)] += number
-            flops = sum(n * flops_of(module, torch.empty(1, 3, *view)) for view, n in inputs.items())
+            with naming(f"experts.{name}"):
+                flops = sum(n * flops_of(module, torch.empty(1, 3, *view)) for view, n in inputs.items())
             first = next(iter(inputs), expert.size)
             seen = f", {inputs.total()} views" if inputs.total() != 1 else ""
             parts.append(
@@ -98,7 +101,8 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
                     expert.channels, count(module), flops,
                 )
             )  # fmt: skip
-        parts += fusion_costs(vision, views, width)
+        with naming("branches"):
+            parts += fusion_costs(vision, views, width)
         if learnt := vision.policy().learnt_markers():
             parts.append(PartCost("markers", ", ".join(learnt), None, None, width, len(learnt) * width, 0))
         visual_tokens = plan.num_tokens
@@ -110,7 +114,8 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
             flops = flops_of(chooser, torch.empty(local, width), torch.empty(text_tokens, width), torch.empty(local, 2))
             keeps = f"{selector.type_name}, {'some' if kept is None else kept} of {local} tokens"
             parts.append(PartCost("selector", keeps, None, None, width, count(chooser), flops))
-        language_model = AutoModelForCausalLM.from_config(text_config)
+        with naming("language_model"):
+            language_model = AutoModelForCausalLM.from_config(text_config)
         length = visual_tokens + text_tokens
         embedded = torch.empty(1, length, width)
         causal = torch.ones(1, 1, length, length, dtype=torch.bool)  # given, since making one reads values
@@ -122,6 +127,17 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
             )
         )  # fmt: skip
     return CostTable(parts, visual_tokens, None if config.slicing.one_view else size, len(plan.views))
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Raise ValueError, which names a part of the config, where a library cannot build or run it."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # libraries have their own kinds
+        raise ValueError(f"{part} cannot be built ({brief(error)}): check its sizes and its architecture") from error
 
 
 def fusion_costs(vision: MoeVisionVisionConfig, views: Mapping[tuple[str, Size], int], width: int) -> list[PartCost]:

@@ -3,26 +3,71 @@
 configs/model/micro.yaml ─ ModelConfig ─ hf_config() ─ MoeVisionConfig
 """
 
+import functools
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import ConfigDict, Field, field_validator, model_validator
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from moe_vision.config import Config, Registered
+from moe_vision.config_paths import EXPLICIT, FromFile
 from moe_vision.experts import EXPERTS, ExpertConfig
 from moe_vision.experts.weights import located
+from moe_vision.files import read_text
 from moe_vision.fusion import ADAPTERS, MIXERS, SELECTORS, AdapterConfig, MixerConfig, SelectorConfig
 from moe_vision.modeling.configuration_moe_vision import MoeVisionConfig, MoeVisionVisionConfig
 from moe_vision.modeling.turns import Turns
 from moe_vision.registry import suggest
 from moe_vision.slicing import SLICING, NoSlicing, SlicingPolicy
 
+MAX_LAYERS = 4096
+"""Most layers of a language model: more take minutes to build."""
+
+MAX_PARAMETERS = 10**13
+"""Most parameters of a language model: more than any that exists."""
+
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields of language models whose logits are more than a plain `lm_head`: refused, not silently wrong."""
+
+
+def brief(error: Exception) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def check_architecture(architecture: Mapping[str, Any]) -> None:
+    """Raises ValueError for values that transformers builds no language model of."""
+    kind = architecture.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError("architecture has no model_type: add it, as in `model_type: llama`")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model_type '{kind}': {suggest(kind, [*CONFIG_MAPPING])[:400]}")
+    layers = architecture.get(CONFIG_MAPPING[kind].attribute_map.get("num_hidden_layers", "num_hidden_layers"), 1)
+    if isinstance(layers, int) and not 0 < layers <= MAX_LAYERS:
+        raise ValueError(f"architecture has {layers} layers: write a number from 1 to {MAX_LAYERS}")
+    try:
+        build_empty(json.dumps(architecture, sort_keys=True))
+    except Exception as error:  # config and model classes have their own kinds
+        raise ValueError(f"architecture of '{kind}' is refused ({brief(error)}): fix the value") from error
+
+
+@functools.lru_cache(maxsize=64)
+def build_empty(architecture: str) -> None:
+    """Build a language model of an architecture, in JSON, without memory for its weights."""
+    values = json.loads(architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > MAX_PARAMETERS:
+        raise ValueError(f"it has {count:,} parameters, more than {MAX_PARAMETERS:,}")
 
 
 class BranchConfig(Config):
@@ -62,19 +107,32 @@ class LanguageModelConfig(Config):
     chat_template: a Jinja file, or the name of one that ships with this package, in place of the tokenizer's own.
     """
 
-    pretrained: str | None = None
-    tokenizer: str | None = None
+    pretrained: Annotated[str | None, FromFile("name")] = None
+    tokenizer: Annotated[str | None, FromFile("name")] = None
     architecture: dict[str, Any] | None = None
     image_token: str = "<image>"
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, FromFile("file")] = None
 
     @model_validator(mode="after")
     def _has_a_source(self) -> "LanguageModelConfig":
         if self.pretrained is None and self.architecture is None:
             raise ValueError("language_model has neither pretrained nor architecture: give one of them")
-        if self.architecture is not None and "model_type" not in self.architecture:
-            raise ValueError("architecture has no model_type: add it, as in `model_type: llama`")
         return self
+
+    @field_validator("architecture")
+    @classmethod
+    def _can_be_built(cls, architecture: dict[str, Any] | None) -> dict[str, Any] | None:
+        if architecture is not None:
+            check_architecture(architecture)
+        return architecture
+
+    def check_sources(self) -> None:
+        """Raises ValueError where a source is a path, and nothing is there."""
+        for key in ("pretrained", "tokenizer", "chat_template"):
+            source = getattr(self, key)
+            if source is not None and source.startswith(EXPLICIT) and not os.path.exists(os.path.expanduser(source)):
+                raise ValueError(f"language_model.{key} '{source}': no such file or folder; relative paths start at "
+                                 "the folder of the config that holds them: fix the path")  # fmt: skip
 
     def template(self) -> str | None:
         """Text of the chat template, or None for the tokenizer's own. Raises ValueError if there is no such file."""
@@ -82,10 +140,21 @@ class LanguageModelConfig(Config):
             return None
         packaged = Path(str(resources.files("moe_vision"))) / "chat_templates"
         for path in (packaged / f"{self.chat_template}.jinja", Path(self.chat_template)):
-            if path.is_file():
-                return path.read_text(encoding="utf-8")
+            if path.exists():
+                return read_text(path, "language_model.chat_template")
         known = sorted(path.stem for path in packaged.glob("*.jinja"))
         raise ValueError(f"chat_template '{self.chat_template}': no such file; this package has {known}")
+
+    def _source_config(self, source: str) -> PreTrainedConfig:
+        """The config of a folder or a repository on the Hub. Raises ValueError."""
+        self.check_sources()
+        try:
+            return AutoConfig.from_pretrained(os.path.expanduser(located(source)), trust_remote_code=False)
+        except Exception as error:  # each config class has its own kinds
+            raise ValueError(
+                f"language_model.pretrained '{source}' has no config that transformers reads ({brief(error)}): give a "
+                "folder that exists, relative to the config, or a Hub id that can be reached"
+            ) from error
 
     def text_config(self) -> PreTrainedConfig:
         """The language model's transformers config; reads it from the source unless `architecture` gives it."""
@@ -94,7 +163,7 @@ class LanguageModelConfig(Config):
             config = AutoConfig.for_model(self.architecture["model_type"], **values)
         else:
             assert self.pretrained is not None
-            whole = AutoConfig.from_pretrained(located(self.pretrained))
+            whole = self._source_config(self.pretrained)
             if getattr(whole, "quantization_config", None) is not None:
                 raise ValueError(
                     f"language model '{self.pretrained}' is quantised (quantization_config in its config.json), and "
@@ -115,9 +184,9 @@ class ModelConfig(Config):
     of an image it sees.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    plugins: list[str] = Field(default_factory=list)
+    plugins: Annotated[list[str], FromFile("plugin")] = Field(default_factory=list)
     experts: dict[str, Annotated[ExpertConfig, Registered(EXPERTS)]] = Field(min_length=1)
     branches: BranchesConfig
     language_model: LanguageModelConfig

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe_vision.config import Config
+from moe_vision.config_paths import FromFile
 from moe_vision.search.methods import METHODS
 from moe_vision.training.schedule import DataConfig, TrainConfig
 
@@ -64,7 +65,7 @@ class FeatureCacheConfig(Config):
     """Where what frozen experts made of pictures is kept, for all trials: OUTPUT/features if null, or a folder that
     searches share; `gigabytes` of it at most. Null in its place keeps nothing."""
 
-    folder: str | None = None
+    folder: Annotated[str | None, FromFile()] = None
     gigabytes: float = Field(default=20.0, gt=0)
 
 

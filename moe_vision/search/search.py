@@ -35,6 +35,7 @@ from moe_vision.search.report import Found, write_report
 from moe_vision.search.statistics import Metric
 from moe_vision.search.subsets import kept, pool_of, subset_model, subset_stages, with_pretrained
 from moe_vision.search.trials import Trials
+from moe_vision.terminal import terminal
 from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import records_of, settle, staged
 from moe_vision.training.feature_store import FeatureStore
@@ -64,7 +65,7 @@ def search(
 
     Raises ConfigError, OutputError, DataError or SearchError before a weight loads where that can be known.
     """
-    console = console or Console()
+    console = console or terminal()
     model = model_config(config)
     pool = pool_of(config, model)
     check_config(config, model)

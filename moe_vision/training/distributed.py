@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
+from moe_vision.terminal import terminal
 from moe_vision.training.groups import touches
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 def main_console(console: Console | None) -> Console:
     """A console that prints in the main process only."""
-    return (console or Console()) if processes().is_main_process else Console(quiet=True)
+    return (console or terminal()) if processes().is_main_process else Console(quiet=True)
 
 
 def shard_sensibly(trainer: Trainer, model: MoeVisionForConditionalGeneration, rates: Mapping[str, float]) -> None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from moe_vision.config import ConfigError, Problem, apply_override, load_config, read_yaml, validate
+from moe_vision.config import load_config, overridden, read_yaml, validate
 from moe_vision.modeling.model_config import ModelConfig
-from moe_vision.training.schedule import TrainConfig, resolve_paths
+from moe_vision.training.schedule import TrainConfig
+
+TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
@@ -16,32 +18,24 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return validate(ModelConfig, config.model, source="model")
 
 
-def inline_model(path: Path) -> dict[str, Any]:
-    """Content of a model config file, for overrides that reach into it; plug-ins keep their place."""
-    values = read_yaml(path)
-    if values.get("plugins"):
-        values["plugins"] = [str((path.parent / plugin).resolve()) for plugin in values["plugins"]]
-    return values
+def load_train_config(path: Path, overrides: Sequence[str] = (), *, allow_plugins: bool = False) -> TrainConfig:
+    """Read a train config, as `load_schedule` does."""
+    return load_schedule(TrainConfig, path, overrides, allow_plugins=allow_plugins)
 
 
-TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
+def load_schedule(
+    cls: type[TrainConfigT], path: Path, overrides: Sequence[str] = (), *, allow_plugins: bool = False
+) -> TrainConfigT:
+    """Read a train config, or another with a model and stages; a model that it names by a file is read too.
 
-
-def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a train config; paths in it start at its folder. Raises ConfigError."""
-    return load_schedule(TrainConfig, path, overrides)
-
-
-def load_schedule(cls: type[TrainConfigT], path: Path, overrides: Sequence[str] = ()) -> TrainConfigT:
-    """Read a train config, or another with a model and stages; paths in it start at its folder. Raises ConfigError."""
-    values = resolve_paths(read_yaml(path), path.resolve().parent)
-    if isinstance(values.get("model"), str) and any(override.startswith("model.") for override in overrides):
-        values["model"] = inline_model(Path(values["model"]))
-    for override in overrides:
-        values = apply_override(values, override)
-    config = validate(cls, values, source=str(path))
-    if isinstance(config.model, str) and not Path(config.model).is_file():
-        raise ConfigError(
-            str(path), [Problem("model", config.model, "no such file", "give the path of a model config")]
-        )
-    return config
+    Relative paths start at the file that holds them, those of overrides at the working folder. allow_plugins: also run
+    plug-ins outside the folder of the file that names them. Raises ConfigError.
+    """
+    values = read_yaml(path, cls, allow_plugins=allow_plugins)
+    file = values.get("model")
+    if isinstance(file, str):
+        values["model"] = read_yaml(Path(file), ModelConfig, allow_plugins=allow_plugins)
+    values = overridden(cls, values, overrides)
+    if isinstance(file, str) and isinstance(values["model"], dict):
+        values["model"] = validate(ModelConfig, values["model"], source=file).to_plain()  # its faults name its file
+    return validate(cls, values, source=str(path))

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moe_vision.config import Config
-from moe_vision.data.config import DataConfig, resolve_data
+from moe_vision.config_paths import FromFile
+from moe_vision.data.config import DataConfig
+from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import suggest
 
-__all__ = ["DataConfig", "Run", "StageConfig", "TrainConfig", "resolve_paths"]
+__all__ = ["DataConfig", "Run", "StageConfig", "TrainConfig"]
 
 
 BARE_NUMBERS = {
@@ -32,6 +33,9 @@ def check_rates(rates: dict[str, float]) -> dict[str, float]:
                              "as 1e-3; to freeze a group, leave it out")  # fmt: skip
     return rates
 
+
+MAX_WORKERS = 256
+"""Most processes that read data for one process that trains."""
 
 Rates = Annotated[dict[str, float], Field(min_length=1), AfterValidator(check_rates)]
 """Learning rate by group: `experts` or `experts.<name>`, `mixers`, `adapters`, `language_model`."""
@@ -114,7 +118,7 @@ class StageConfig(Config):
     group_by_length: bool = False
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=500, ge=1)
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
     cache_features: bool = True
     cache_gb: float = Field(default=1.0, gt=0)
     lora: LoraSettings | None = None
@@ -211,9 +215,9 @@ class TrainConfig(Config):
     report_to: services that transformers' Trainer knows, as tensorboard or wandb, which get the logs too.
     """
 
-    model: str | dict[str, Any]
+    model: Annotated[str | dict[str, Any], FromFile(content=ModelConfig)]
     stages: list[StageConfig] = Field(min_length=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     report_to: list[str] = []
 
     @field_validator("stages")
@@ -248,22 +252,3 @@ class TrainConfig(Config):
                     )
                 runs.append(Run(f"{len(runs) + 1:02d}-{stage.name}-{expert}", stage, expert))
         return runs
-
-
-def resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make relative paths of the plain values of a config with stages start at `folder`, where its file lies."""
-
-    def absolute(path: Any) -> Any:
-        return str((folder / path).resolve()) if isinstance(path, str) else path
-
-    def in_data(holder: Any, key: str) -> Any:
-        data = holder.get(key) if isinstance(holder, dict) else None
-        return {**holder, key: resolve_data(data, folder)} if isinstance(data, dict) else holder
-
-    resolved = dict(in_data(in_data(values, "test"), "validation"))
-    if isinstance(values.get("model"), str):
-        resolved["model"] = absolute(values["model"])
-    stages = values.get("stages")
-    if isinstance(stages, list):
-        resolved["stages"] = [in_data(stage, "data") for stage in stages]
-    return resolved

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from moe_vision.data.records import load_image
+from moe_vision.files import replacing
 from moe_vision.slicing import Crop, Marker, Pad, Plan, Resize, Segment, Size, View
 from moe_vision.slicing.render import render
 from moe_vision.viz.plans import Planned
@@ -41,7 +42,8 @@ def draw_plans(items: Sequence[Planned], path: Path) -> None:
         draw_outlines(whole.subplots(), plan, picture)
         draw_views(parts, plan, picture)
         row.supxlabel(sequence(plan), fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path, "image") as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def draw_outlines(axes: Axes, plan: Plan, picture: Image.Image | None) -> None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from moe_vision.data.records import image_size
 from moe_vision.slicing import Plan, PlanError, Size, SlicingPolicy, View
+from moe_vision.terminal import cell
 from moe_vision.viz.tables import size
 
-SIZE = re.compile(r"(\d+)x(\d+)")
+SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def plan_table(items: Iterable[Planned], policy: str) -> Table:
     for name in ("grid", "visual", "markers", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for item in items:
-        plan, label = item.plan, size(item.size)
+        plan = item.plan
+        label: str | Text = size(item.size)
         if item.name != label:
-            label = f"{escape(item.name)}\n[dim]{label}[/dim]"
+            label = cell(item.name, "\n", (size(item.size), "dim"))
         if plan is None:
-            table.add_row(label, f"[red]{escape(item.error or '')}[/red]", "", "", "", "")
+            table.add_row(label, cell((item.error or "", "red")), "", "", "", "")
             continue
         table.add_row(
             label, "\n".join(runs(plan.views)), size(plan.grid), str(plan.num_visual_tokens),

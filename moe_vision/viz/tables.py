@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+
+from moe_vision.terminal import cell
 
 if TYPE_CHECKING:
     from moe_vision.modeling.cost import CostTable, ZooEntry
@@ -33,7 +34,7 @@ def cost_table(costs: "CostTable") -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for part in costs.parts:
         table.add_row(
-            f"{part.part}\n[dim]{part.what}[/dim]", size(part.image_size), size(part.grid), str(part.channels),
+            cell(part.part, "\n", (part.what, "dim")), size(part.image_size), size(part.grid), str(part.channels),
             scaled(part.parameters), scaled(part.flops),
         )  # fmt: skip
     table.add_section()
@@ -50,7 +51,7 @@ def zoo_table(entries: "Iterable[ZooEntry]") -> Table:
     for entry in entries:
         facts = f"{entry.weights}, {entry.licence}; {entry.pretraining}"
         table.add_row(
-            f"[bold]{entry.expert}[/bold] {entry.variant}\n[dim]{facts}[/dim]", size(entry.image_size),
+            cell((entry.expert, "bold"), f" {entry.variant}\n", (facts, "dim")), size(entry.image_size),
             str(entry.tokens), str(entry.channels), scaled(entry.parameters), scaled(entry.flops),
         )  # fmt: skip
     return table
@@ -70,7 +71,7 @@ def shortened(path: str) -> str:
 
 def runs_table(runs: "Sequence[PlannedRun]", title: str) -> Table:
     """Runs of a schedule: what trains at which rate, what is frozen, and how much work it is; fits into 80 columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, show_header=False)
+    table = Table(title=cell(title), box=box.SIMPLE_HEAD, show_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     for run in runs:
@@ -80,13 +81,13 @@ def runs_table(runs: "Sequence[PlannedRun]", title: str) -> Table:
         tokens, flops = ["?" if value is None else scaled(value, ".3g") for value in (run.tokens, run.flops)]
         trains = [f"{group} {scaled(count)} at {rate:g}" for group, (count, rate) in run.trains.items()]
         frozen = [f"{group} {scaled(count)}" for group, count in run.frozen.items()]
-        table.add_row(f"[bold]{escape(run.name)}[/]", escape(f"{data}, {records} records"))
+        table.add_row(cell((run.name, "bold")), cell(f"{data}, {records} records"))
         table.add_row("  work", f"{steps} steps of {batch}, {tokens} tokens, {flops} FLOPs")
-        table.add_row("  trains", escape("\n".join(trains)))
+        table.add_row("  trains", cell("\n".join(trains)))
         if run.turns:
             turns = [f"{' + '.join(groups)} {steps} steps" for groups, steps in run.turns]
-            table.add_row("  in turn", escape(", ".join(turns)))
-        table.add_row("  frozen", escape(", ".join(frozen)) or "nothing", end_section=True)
+            table.add_row("  in turn", cell(", ".join(turns)))
+        table.add_row("  frozen", cell(", ".join(frozen) or "nothing"), end_section=True)
     return table
 
 
@@ -95,10 +96,10 @@ def accuracy_table(models: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(title="exact match")
     table.add_column("task")
     for name in models:
-        table.add_column(name, justify="right")
+        table.add_column(cell(name), justify="right")
     tasks = list(dict.fromkeys(task for scores in models.values() for task in scores))
     for task in tasks:
-        table.add_row(task, *(f"{scores[task]:.3f}" if task in scores else "" for scores in models.values()))
+        table.add_row(cell(task), *(f"{scores[task]:.3f}" if task in scores else "" for scores in models.values()))
     table.add_section()
     table.add_row("average", *(f"{sum(scores.values()) / len(scores):.3f}" for scores in models.values()))
     return table
@@ -131,7 +132,7 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
     for name in COMPARED:
         table.add_column(name.replace(" ", "\n"), justify="left" if name == "mixer" else "right", no_wrap=True)
     for name, values in summary["mixers"].items():
-        table.add_row(*compared_row(name, values))
+        table.add_row(*map(cell, compared_row(name, values)))
     return table
 
 
@@ -149,5 +150,5 @@ def micro_table(manifest: Mapping[str, Any]) -> Table:
     for name, entry in manifest.items():
         metrics = entry.get("held_out") or entry.get("symbolic_accuracy", {})
         shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
-        table.add_row(name, f"{entry['parameters']:,}", str(entry["steps"]), str(entry["seed"]), shown)
+        table.add_row(cell(name), f"{entry['parameters']:,}", str(entry["steps"]), str(entry["seed"]), shown)
     return table

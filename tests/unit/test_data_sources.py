@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moe_vision.config import ConfigError, validate
-from moe_vision.data.config import DataConfig, resolve_data
+from moe_vision.config_paths import absolute
+from moe_vision.data.config import DataConfig
 from moe_vision.data.faults import DataError
 from moe_vision.data.records import Record, load_image, load_records
 from moe_vision.data.samples import Source, mix, shares
@@ -309,7 +310,7 @@ def test_settings_that_would_be_ignored_are_refused(data: dict[str, Any], said: 
 def test_paths_start_at_the_folder_of_the_config(tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     values = {"mixture": [{"path": "a.json", "image_root": "b"}, {"dataset": "saved"}, {"dataset": "org/name"}]}
-    parts = resolve_data(values, tmp_path)["mixture"]
+    parts = absolute(DataConfig, values, tmp_path, lambda name, place: name)["mixture"]
     assert parts[0] == {"path": str(tmp_path / "a.json"), "image_root": str(tmp_path / "b")}
     assert [part["dataset"] for part in parts[1:]] == [str(tmp_path / "saved"), "org/name"]
 

@@ -9,6 +9,7 @@ import yaml
 from moe_vision.config import ConfigError, validate
 from moe_vision.training.loading import load_train_config, model_config
 from moe_vision.training.schedule import TrainConfig
+from tests.tiny import tiny_values
 
 MICRO = Path(__file__).parents[2] / "configs/train/micro.yaml"
 
@@ -26,7 +27,7 @@ def values(**stage: Any) -> dict[str, Any]:
         ({"warmup_ratio": 1}, "as 0.03"),
         ({"train": {"adapters": 100}}, "as 1e-3"),
         ({"train": {"adapters": -1e-3}}, "as 1e-3"),
-        ({"train": {"adapters": float("nan")}}, "as 1e-3"),
+        ({"train": {"adapters": float("nan")}}, "adapters = nan: is no finite number"),
         ({"train": {}}, "train"),
         ({"epochs": None}, "exactly one"),
         ({"max_steps": 3}, "exactly one"),
@@ -61,10 +62,10 @@ def test_runs_are_numbered_and_names_differ() -> None:
 
 
 def test_paths_start_at_the_file(tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_text("{}")
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(tiny_values()))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values()))
     config = load_train_config(tmp_path / "train.yaml", ["seed=7"])
-    assert (config.model, config.seed) == (str(tmp_path / "m.yaml"), 7)
+    assert isinstance(config.model, dict) and list(config.model["experts"]) == ["clip", "sam"] and config.seed == 7
     assert config.stages[0].data is not None and config.stages[0].data.path == str(tmp_path / "d.json")
     (tmp_path / "m.yaml").unlink()
     with pytest.raises(ConfigError, match="no such file"):
@@ -72,7 +73,7 @@ def test_paths_start_at_the_file(tmp_path: Path) -> None:
 
 
 def test_drawn_data_has_no_path_to_resolve(tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_text("{}")
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(tiny_values()))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values(data={"synthetic": "questions", "scenes": 5})))
     data = load_train_config(tmp_path / "train.yaml").stages[0].data
     assert data is not None and (data.path, data.title) == (None, "questions of 5 scenes, train")

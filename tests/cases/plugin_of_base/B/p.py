@@ -1,0 +1,1 @@
+print("B plugin runs instead")

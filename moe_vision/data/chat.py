@@ -1,19 +1,22 @@
-"""Conversations → token ids and labels, by the tokenizer's own chat template; only answers are learnt."""
+"""Conversations → token ids and labels, by the processor's chat template; only answers are learnt."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2 import TemplateError
 
+from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, image_size
 from moe_vision.modeling import MoeVisionProcessor
+from moe_vision.modeling.chat_rendering import answer_frame, render_chat, shortened, stand_in
 from moe_vision.slicing import PlanError
 
 IGNORED = -100
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Token = tuple[int, int, int]
+"""Id, and where its characters begin and end in the text."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,11 @@ class Tokenised:
 
 
 def message(turn: Turn) -> dict[str, Any]:
-    """A turn as a chat message; image markers become image parts, and the newline behind a marker goes with it."""
+    """A turn as a chat message. Image markers become image parts, without the newline after a marker. Whitespace
+    around an answer is left out: its first and last token would be joined to those of the template.
+    """
+    if turn.role == "assistant":
+        return {"role": turn.role, "content": turn.text.strip()}
     if IMAGE_MARKER not in turn.text:
         return {"role": turn.role, "content": turn.text}
     parts: list[dict[str, str]] = []
@@ -39,26 +46,67 @@ def message(turn: Turn) -> dict[str, Any]:
 
 
 def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
-    """Tokenise a record; an answer's label runs from its first token to the end token of its turn.
+    """Tokenise a record. Labels are the answers with their end-of-turn tokens. The tokens before the last answer are
+    those of the generation prompt.
 
-    Raises ValueError if the chat template does not print a conversation as the beginning of a longer one.
+    Raises RecordFault where the chat template refuses the conversation, or where a text contains the image token.
     """
-    tokenizer = processor.tokenizer
     text, spans = answer_spans(record, processor)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    check_markers(text, record, processor)
     ids: list[int] = []
     labels: list[int] = []
     counts = iter(image_tokens(record.images, processor))
-    for token, (start_at, end_at) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for token, start, end in encoded(text, [start for start, _ in spans], processor.tokenizer):
         if token == processor.image_token_id:
             count = next(counts)
             ids += [token] * count
             labels += [IGNORED] * count
         else:
             ids.append(token)
-            learnt = any(start <= start_at and end_at <= end for start, end in spans)
+            learnt = any(first <= start and (start < last or end < last) for first, last in spans)
             labels.append(token if learnt else IGNORED)
     return Tokenised(ids, labels)
+
+
+def check_markers(text: str, record: Record, processor: MoeVisionProcessor) -> None:
+    """Raises RecordFault unless a rendered conversation has one image token for each image."""
+    token = processor.image_token
+    if text.count(token) != len(record.images):
+        raise RecordFault(
+            f"record {record.id!r}: its text contains {token!r}, which is the tokenizer's image token: remove it, or "
+            f"write {IMAGE_MARKER} where an image belongs",
+            "markers",
+        )
+
+
+def encoded(text: str, cuts: Sequence[int], tokenizer: Any) -> Iterator[Token]:
+    """Tokens of a text. None crosses a cut: a generation prompt ends there, and has to have the same tokens."""
+    tokens = encoded_piece(text, tokenizer)
+    crossed = [cut for cut in cuts if any(start < cut < end for _, start, end in tokens)]
+    if not crossed:
+        yield from tokens
+        return
+    yield from encoded_piece(text[: crossed[0]], tokenizer)
+    for start, end in zip(crossed, [*crossed[1:], len(text)], strict=True):
+        for token, first, last in continuation(text[start:end], tokenizer):
+            yield token, first + start, last + start
+
+
+def encoded_piece(text: str, tokenizer: Any) -> list[Token]:
+    """Tokens of a text without special tokens of the tokenizer: the chat template prints them."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        (token, start, end) for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
+
+
+def continuation(text: str, tokenizer: Any) -> list[Token]:
+    """Tokens of a text that follows another. SentencePiece puts a space before a text, so it is read after a newline,
+    which is then removed."""
+    tokens = encoded_piece("\n" + text, tokenizer)
+    if any(start < 1 < end for _, start, end in tokens):
+        return encoded_piece(text, tokenizer)
+    return [(token, start - 1, end - 1) for token, start, end in tokens if start >= 1]
 
 
 def image_tokens(images: Sequence[Path], processor: MoeVisionProcessor) -> list[int]:
@@ -79,37 +127,53 @@ def image_tokens(images: Sequence[Path], processor: MoeVisionProcessor) -> list[
 
 
 def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a conversation, and where in it each answer begins and, with its end token, ends."""
+    """Text of a conversation up to its last answer, and where in it each answer begins and, with its end-of-turn token,
+    ends. The text is the last answer's generation prompt with that answer added.
+
+    Raises RecordFault where the chat template refuses the conversation or changes its answers.
+    """
     messages = [message(turn) for turn in record.turns]
-    template: Any = processor.chat_template or processor.tokenizer.chat_template or ""
-    if GENERATION_BLOCK.search(template):  # the template marks answers itself: one rendering, not two for each answer
-        special = processor.tokenizer.special_tokens_map
-        rendered: Any = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **special
-        )
-        texts, marked = rendered
-        text, end_token = texts[0], processor.tokenizer.eos_token or ""
-        return text, [(a, b + len(end_token) * text.startswith(end_token, b)) for a, b in marked[0]]
-    text = render(processor, messages)
+    answers = [index for index, turn in enumerate(record.turns) if turn.role == "assistant"]
+    stands = {index: {"role": "assistant", "content": stand_in(index)} for index in answers}
+    before = [stands.get(index, turn) for index, turn in enumerate(messages[: answers[-1]])]
+    template = chat_template(processor)
+    try:
+        frame = answer_frame(processor.tokenizer, template)
+        prompt = render_chat(processor.tokenizer, template, before, generation=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise RecordFault(
+            f"record {record.id!r}: the chat template refuses the conversation ({error}): change its turns, or choose "
+            "another language_model.chat_template",
+            "format",
+        ) from None
+    prompt += f"{frame.gap}{stand_in(answers[-1])}{frame.last_end}{frame.tail}"
+    text = ""
     spans = []
-    for i, turn in enumerate(record.turns):
-        if turn.role == "assistant":
-            start = render(processor, messages[:i], generation=True)
-            end = text if i == len(messages) - 1 else render(processor, messages[: i + 1])
-            if not (text.startswith(start) and text.startswith(end)):
-                raise ValueError(
-                    f"record {record.id!r}: the chat template rewrites earlier turns, so answers cannot be told from "
-                    "questions; use a template that only appends"
-                )
-            spans.append((len(start), len(end)))
-    return text, spans
+    for index in answers:
+        if prompt.count(stand_in(index)) != 1:
+            raise RecordFault(
+                f"record {record.id!r}: the chat template does not print answer {index} once: {shortened(prompt)!r}; "
+                "choose another language_model.chat_template",
+                "format",
+            )
+        head, prompt = prompt.split(stand_in(index))
+        text += head
+        start = len(text) - len(frame.gap) * head.endswith(frame.gap)
+        text += messages[index]["content"]
+        end = frame.last_end if index == answers[-1] else frame.end
+        spans.append((start, len(text) + len(end) * prompt.startswith(end)))
+    return text + prompt, spans
+
+
+def chat_template(processor: MoeVisionProcessor) -> str:
+    """The processor's chat template. Raises ValueError if it has none."""
+    template: Any = processor.chat_template or processor.tokenizer.chat_template
+    if template is None:
+        raise ValueError("the tokenizer has no chat template: set language_model.chat_template, or use a chat model")
+    text: str = template
+    return text
 
 
 def render(processor: MoeVisionProcessor, messages: list[dict[str, Any]], generation: bool = False) -> str:
     """Text of a conversation by the processor's chat template; `generation` opens the next answer."""
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if template is None:
-        raise ValueError("the tokenizer has no chat template: choose a chat model, or set tokenizer.chat_template")
-    return processor.tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-    )
+    return render_chat(processor.tokenizer, chat_template(processor), messages, generation)

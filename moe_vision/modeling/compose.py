@@ -21,6 +21,8 @@ from moe_vision.modeling import (
     MoeVisionImageProcessor,
     MoeVisionProcessor,
 )
+from moe_vision.modeling.chat_rendering import end_of_turn_ids
+from moe_vision.modeling.chat_template import usable_template
 from moe_vision.modeling.folder_checks import InitialZeros, check_objects, load_processor, read_skeleton
 from moe_vision.modeling.generation_defaults import generation_config_of
 from moe_vision.modeling.model_config import LanguageModelConfig, ModelConfig
@@ -54,7 +56,8 @@ def compose(config: ModelConfig) -> tuple[MoeVisionForConditionalGeneration, Moe
     tokenizer = load_tokenizer(located(source), language.image_token)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
-    defaults = generation_config_of(language.pretrained, hf_config.text_config, tokenizer, image_token_id)
+    stops = end_of_turn_ids(tokenizer, chat_template_of(config, tokenizer))
+    defaults = generation_config_of(language.pretrained, hf_config.text_config, tokenizer, image_token_id, stops)
     model = build(hf_config, language)
     check_language_model(model, language.pretrained or model.config.text_config.model_type)
     for name, expert in config.experts.items():
@@ -142,7 +145,22 @@ def question_turns(config: ModelConfig, tokenizer: Any) -> Turns | None:
     selector = config.branches.selector
     if selector is None or selector.reads != "question":
         return None
-    return turns_of(tokenizer, config.language_model.template() or tokenizer.chat_template)
+    return turns_of(tokenizer, chat_template_of(config, tokenizer))
+
+
+def chat_template_of(config: ModelConfig, tokenizer: Any) -> str | None:
+    """The chat template that the processor gets: the config's or the tokenizer's, made fit for images. None where there
+    is neither. Raises ValueError where it cannot be used with images.
+    """
+    language = config.language_model
+    template = language.template()
+    source = f"'{language.chat_template}'"
+    if template is None:
+        template = tokenizer.chat_template
+        source = f"the chat template of the tokenizer '{tokenizer.name_or_path}'"
+        if isinstance(template, dict):
+            template = template.get("default")
+    return None if template is None else usable_template(tokenizer, template, source)
 
 
 def check_language_model(model: MoeVisionForConditionalGeneration, source: str) -> None:
@@ -214,7 +232,7 @@ def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: A
     return MoeVisionProcessor(
         image_processor=MoeVisionImageProcessor(slicing=hf_config.vision_config.slicing),
         tokenizer=tokenizer,
-        chat_template=config.language_model.template() or tokenizer.chat_template,
+        chat_template=chat_template_of(config, tokenizer),
     )
 
 

@@ -6,6 +6,7 @@ from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from moe_vision.modeling.configuration_moe_vision import SavesItsCode
+from moe_vision.modeling.special_tokens import with_special_tokens_once
 from moe_vision.slicing.plan import Size
 
 
@@ -22,9 +23,13 @@ class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> Any:
-        """As `ProcessorMixin.__call__`; empty lists of images, videos and audio count as none."""
+        """As `ProcessorMixin.__call__`. Empty lists of images, videos and audio count as none. The tokenizer's special
+        tokens are added once: not to a text that begins with them, as those of a chat template do.
+        """
         kwargs = {key: value for key, value in kwargs.items() if key != "audios" or value}
         images = None if isinstance(images, (list, tuple)) and not any_image(images) else images
+        if text is not None:
+            text, kwargs = self.with_special_tokens(text, kwargs)
         if images is not None and text is not None:
             texts = [text] if isinstance(text, str) else text
             counts = [prompt.count(self.image_token) for prompt in texts]
@@ -32,6 +37,18 @@ class MoeVisionProcessor(SavesItsCode, ProcessorMixin):
             given = {**kwargs.get("images_kwargs", {}), "images_per_prompt": [n for n in counts for _ in range(n)]}
             kwargs = {**kwargs, "images_kwargs": given}
         return super().__call__(images=images, text=text, videos=videos or None, audio=audio or None, **kwargs)
+
+    def with_special_tokens(self, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Text and options with which the tokenizer adds its special tokens once, unless the caller wants none."""
+        texts = [text] if isinstance(text, str) else text
+        nested = kwargs.get("text_kwargs", {})
+        wanted = kwargs.get("add_special_tokens", nested.get("add_special_tokens", True))
+        if not wanted or not all(isinstance(prompt, str) for prompt in texts):
+            return text, kwargs
+        prompts, add = with_special_tokens_once(texts, self.tokenizer)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("add_special_tokens", "text_kwargs")}
+        options = {**nested, "add_special_tokens": add}
+        return (prompts[0] if isinstance(text, str) else prompts), {**kwargs, "text_kwargs": options}
 
     def num_image_tokens(self, size: Size, images: int = 1) -> int:
         """Placeholders of an image of `size` (height, width), one of `images` in its prompt."""

@@ -8,6 +8,7 @@ import torch
 
 from moe_vision.data.chat import IGNORED, message, tokenise
 from moe_vision.data.collate import Collator, ConversationDataset
+from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import Record, Turn, load_records
 from moe_vision.modeling import MoeVisionProcessor
 from tests.tiny import tiny_model
@@ -71,11 +72,13 @@ def test_markers_become_image_parts() -> None:
     assert parts[2]["text"] == "and "
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_conversation_that_the_template_refuses_is_a_fault_of_its_record() -> None:
     processor = tiny_model()[1]
-    processor.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        tokenise(conversation("what", "red", "what", "red", images=0), processor)
+    own = processor.tokenizer.chat_template
+    processor.chat_template = own + "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}"
+    assert tokenise(conversation("yes", "red", images=0), processor)
+    with pytest.raises(RecordFault, match=r"'a': the chat template refuses the conversation .never.: change its turns"):
+        tokenise(conversation("no", "red", images=0), processor)
 
 
 def test_batches_are_padded_on_the_right(tmp_path: Path, processor: MoeVisionProcessor) -> None:

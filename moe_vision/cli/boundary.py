@@ -35,6 +35,8 @@ def main() -> None:
     try:
         command()
     except SystemExit as end:
+        if hasattr(end, "message"):  # a signal: whoever sent it may not wait long
+            leave(int(end.code or 0))
         if end.code or threading.active_count() > 1 or multiprocessing.active_children():
             raise
         leave()
@@ -55,9 +57,10 @@ def command() -> None:
         finally:
             flush_output()
     except SystemExit as end:
-        if message := getattr(end, "message", None):  # a training that a signal ended reports its step
+        message = getattr(end, "message", None)
+        if message:  # a training that a signal ended reports its step, in one process of several
             say(terminal(stderr=True), message, soft_wrap=True)
-        elif end.code == INTERRUPTED:
+        elif message is None and end.code == INTERRUPTED:
             say(terminal(stderr=True), "interrupted")
         raise
     except KeyboardInterrupt:
@@ -122,11 +125,11 @@ def brief(error: Exception) -> str:
     return text if len(text) <= 500 else text[:499] + "…"
 
 
-def leave() -> None:
+def leave(code: int = 0) -> None:
     """End the process without taking a million objects apart one by one: a second of a short command. Only `main` may
     call it: whatever else the process was about to do is lost."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    os._exit(0)
+    os._exit(code)

@@ -24,9 +24,9 @@ from moe_vision.search.methods import Experts, Failed
 from moe_vision.search.progress import Progress
 from moe_vision.search.statistics import Metric
 from moe_vision.search.subsets import alignment_stages, subset_model, subset_stages, with_pretrained
+from moe_vision.training.checks import check_groups
 from moe_vision.training.data import on_disk
 from moe_vision.training.prealign import aligned_file, alone
-from moe_vision.training.runner import check_groups
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig
 
 FORMAT = 1

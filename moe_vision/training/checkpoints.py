@@ -107,17 +107,17 @@ def digest_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_digests(folder: Path) -> None:
-    """Note the checksum of every file of a finished folder, for `damage`."""
+def write_digests(folder: Path, target: Path | None = None) -> None:
+    """Note the checksum of every file of a finished folder, for `damage`. target: where, in the folder if null."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in files}
-    write_atomically(folder / DIGESTS, json.dumps(digests, indent=1))
+    write_atomically(target or folder / DIGESTS, json.dumps(digests, indent=1))
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, noted: Path | None = None) -> str | None:
     """What is wrong with a folder of `write_digests`: a file that is missing or was changed; None if nothing is."""
     try:
-        digests = json.loads((folder / DIGESTS).read_bytes())
+        digests = json.loads((noted or folder / DIGESTS).read_bytes())
     except FileNotFoundError:
         return f"{DIGESTS} is missing"
     except ValueError:
@@ -130,3 +130,10 @@ def damage(folder: Path) -> str | None:
         if digest_of_file(folder / name) != digest:
             return f"{name} is damaged: it differs from its checksum"
     return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged folder a name under which nothing takes it for a whole one; returns it."""
+    aside = folder.with_name(f".{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)

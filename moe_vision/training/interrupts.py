@@ -31,7 +31,7 @@ def asked_anywhere(asked: signal.Signals | None) -> signal.Signals | None:
 
 class Preempted(SystemExit):
     """The process was told to end, by a signal. Nothing is lost: what it wrote is whole. Its exit code is the one that
-    a shell reports of a process that the signal ended."""
+    a shell reports of a process that the signal ended. message: for people, empty where another process has it."""
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)
@@ -84,7 +84,7 @@ class Preemption(TrainerCallback):
         """Raise Preempted where a signal has come."""
         if self.asked is not None:
             message = f"ended by {SIGNALS[self.asked]}, {where}; the same command continues the training"
-            raise Preempted(message, self.asked)
+            raise Preempted(message if PartialState().is_main_process else "", self.asked)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stepping = True

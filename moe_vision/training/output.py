@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from moe_vision.modeling import MoeVisionForConditionalGeneration
-from moe_vision.training.checkpoints import damage, write_atomically
+from moe_vision.training.checkpoints import damage, set_aside, write_atomically
 from moe_vision.training.data import STAGING
 from moe_vision.training.identity import changed_data, deciding, differences
 
@@ -140,9 +140,7 @@ def last_checkpoint(folder: Path, processes: int, say: Callable[[str], None]) ->
         if fault is None:
             check_processes(checkpoint, processes)
             return found
-        aside = checkpoint.with_name(f".{checkpoint.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
+        aside = set_aside(checkpoint)
         before = get_last_checkpoint(str(folder))
         then = "the run begins anew" if before is None else f"the run continues from {Path(before).name}"
         say(f"checkpoint '{checkpoint}' cannot be used: {fault}. It is now '{aside.name}'; {then}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -57,6 +58,15 @@ def aligned_file(output: Path, expert: str) -> Path:
     return output / "experts" / f"{expert}.safetensors"
 
 
+def digest_of(state: Mapping[str, torch.Tensor]) -> str:
+    """XXH3 of tensors by name."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_expert(
     model: MoeVisionForConditionalGeneration, name: str, path: Path, digest: str,
     weights: Mapping[str, torch.Tensor] | None = None,
@@ -77,7 +87,7 @@ def save_expert(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     with writing(f"expert '{name}'", path.parent):
-        save_file(state, temporary, metadata={"format": "pt", "aligned_by": digest})
+        save_file(state, temporary, metadata={"format": "pt", "aligned_by": digest, "xxh3": digest_of(state)})
         sync(temporary)
         temporary.replace(path)
 
@@ -86,12 +96,17 @@ def load_aligned(model: MoeVisionForConditionalGeneration, name: str, path: Path
     """Put an aligned expert into a model. Raises ValueError if another config aligned it, WeightsError if it does not
     fit."""
     with reading(path), safe_open(path, framework="pt") as file:
-        found = (file.metadata() or {}).get("aligned_by")
+        noted = file.metadata() or {}
+        whole = noted.get("xxh3") == digest_of({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    found = noted.get("aligned_by")
     if found != digest:
         raise ValueError(
             f"expert '{path}' was not aligned by this config: name it as experts.{name}.pretrained and leave it out of "
             "prealign.experts, or delete it to align it again"
         )
+    if not whole:
+        raise ValueError(f"expert '{path}' is damaged: it differs from its checksum; copy it again, or delete it to "
+                         "align it again")  # fmt: skip
     expert = model.model.vision_tower.experts[name]
     assert isinstance(expert, Expert)
     load_expert_weights(expert, str(path))

@@ -22,24 +22,34 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from moe_vision.config import ConfigError, Problem
 from moe_vision.data.collate import Collator, ConversationDataset
 from moe_vision.data.samples import Samples, Source, samples_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
-from moe_vision.registry import suggest
 from moe_vision.training.callbacks import FiniteLoss, LossFalls, MetricsFile, ScheduleProgress, ScheduleSteps
-from moe_vision.training.checkpoints import discard, remove_leftovers, sync, sync_tree, write_atomically, writing
+from moe_vision.training.checkpoints import (
+    DIGESTS,
+    damage,
+    discard,
+    remove_leftovers,
+    set_aside,
+    sync,
+    sync_tree,
+    write_atomically,
+    write_digests,
+    writing,
+)
+from moe_vision.training.checks import check_groups, check_only, stage_data
 from moe_vision.training.curves import write_curves
 from moe_vision.training.data import read_stages, records_in, report_of, settle, skipped_lines, staged, unknown_lines
 from moe_vision.training.distributed import main_console, on_main, processes, shard_sensibly, whole_weights
 from moe_vision.training.features import FeatureCache, stage_inputs
-from moe_vision.training.groups import freeze_all_but, learning_rates, weight_decays
+from moe_vision.training.groups import freeze_all_but, learning_rates
 from moe_vision.training.identity import data_digests, deciding
 from moe_vision.training.interrupts import Preemption
 from moe_vision.training.loading import model_config
-from moe_vision.training.lora import add_lora, check_lora, merge, merged
+from moe_vision.training.lora import add_lora, merge, merged
 from moe_vision.training.output import (
     DATA_DIGESTS,
     check_data,
@@ -53,7 +63,7 @@ from moe_vision.training.prealign import aligned_file, alone, load_aligned, save
 from moe_vision.training.provenance import record_environment
 from moe_vision.training.recompute import checkpointed_groups, recompute_in
 from moe_vision.training.reporting import check_reporters
-from moe_vision.training.schedule import DataConfig, Run, StageConfig, TrainConfig
+from moe_vision.training.schedule import Run, TrainConfig
 from moe_vision.training.trainer import GroupTrainer, OneDevice, trained_and_frozen
 from moe_vision.training.turns import steps_per_epoch, total_steps, turns_of
 from moe_vision.training.workers import worker_faults
@@ -105,7 +115,7 @@ def train_held(
     set_seed(config.seed)
     model, processor, samples = prepare(config, composition, runs, output, console, overwrite=overwrite)
     digest = on_main(lambda: digest_of(output))
-    finished = on_main(lambda: {run.name for run in runs if is_finished(output, run)})
+    finished = on_main(lambda: finished_runs(output, runs, console))
     steps = ScheduleSteps(
         {run.name: total_steps(len(samples[run.name].items), run.stage, processes().num_processes) for run in runs
          if run.name not in finished and (not only or run.name in only)}
@@ -124,7 +134,7 @@ def train_held(
             if not stood:
                 model = stand(output, runs[: number - 1], composition, model, digest)
             weights = run_and_show(run, model, processor, own, output, config, number, progress, cache)
-            on_main(partial(save_synced, model, processor, output / "runs" / run.name / "done", weights))
+            on_main(partial(save_done, model, processor, output / "runs" / run.name, weights))
             stood = weights is None  # else this model has fallen into shards
         else:
             set_seed(config.seed)
@@ -155,7 +165,9 @@ def finish_run(
     else:
         save_synced(model, processor, output / "model")
     for run in runs:
-        shutil.rmtree(output / "runs" / run.name / "done", ignore_errors=True)
+        for name in ("done", ".done.damaged"):
+            shutil.rmtree(output / "runs" / run.name / name, ignore_errors=True)
+        (output / "runs" / run.name / DIGESTS).unlink(missing_ok=True)
 
 
 def resolved_text(config: TrainConfig, composition: ModelConfig) -> str:
@@ -236,15 +248,29 @@ def save_synced(
         sync_tree(folder)
 
 
-def check_only(only: Sequence[str], runs: Sequence[Run]) -> None:
-    """Raise ConfigError for a run that does not exist, or that needs others that are not done by themselves."""
-    names = [run.name for run in runs]
-    for name in only:
-        if name not in names:
-            raise ConfigError("command line", [Problem("--only", name, "no such run", suggest(name, names))])
-        if runs[names.index(name)].expert is None:
-            cure = "leave --only out: one that aligns no expert goes on from all before it"
-            raise ConfigError("command line", [Problem("--only", name, "is no run of its own", cure)])
+def save_done(
+    model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor, folder: Path,
+    weights: dict[str, torch.Tensor] | None,
+) -> None:  # fmt: skip
+    """Write what a run has made to its folder's `done`, and the checksums of that beside it. Raises WriteError."""
+    (folder / DIGESTS).unlink(missing_ok=True)
+    save_synced(model, processor, folder / "done", weights)
+    write_digests(folder / "done", folder / DIGESTS)
+
+
+def finished_runs(output: Path, runs: Sequence[Run], console: Console) -> set[str]:
+    """Names of the runs that are done. The last model that is there is compared with its checksums: if it is damaged it
+    is set aside, and its run is done again."""
+    done = [run for run in runs if is_finished(output, run)]
+    for run in reversed([run for run in done if run.expert is None]):
+        folder = output / "runs" / run.name
+        fault = damage(folder / "done", folder / DIGESTS) if (folder / DIGESTS).is_file() else None
+        if fault is None:
+            break
+        aside = set_aside(folder / "done")
+        console.print(f"'{folder / 'done'}' cannot be used: {fault}. It is now '{aside.name}'; its run begins anew")
+        done.remove(run)
+    return {run.name for run in done}
 
 
 def is_finished(output: Path, run: Run) -> bool:
@@ -267,21 +293,6 @@ def stand(
         if run.expert is not None:
             load_aligned(model, run.expert, aligned_file(output, run.expert), digest)
     return model
-
-
-def check_groups(runs: Sequence[Run], composition: ModelConfig) -> None:
-    """Raise ValueError for a group of any setting that the model of these runs, which share one, does not have, before
-    weights load."""
-    expert = runs[0].expert
-    config = composition if expert is None else alone(composition, expert)
-    with torch.device("meta"):
-        skeleton = MoeVisionForConditionalGeneration(config.hf_config())
-    for run in runs:
-        turns_of(run.stage, skeleton, 1)
-        rates = learning_rates(skeleton, run.stage.rates)
-        weight_decays(skeleton, run.stage.weight_decay, rates)
-        checkpointed_groups(skeleton, run.stage.gradient_checkpointing, rates)
-        check_lora(skeleton, run.stage)
 
 
 def run_and_show(
@@ -311,14 +322,6 @@ def run_and_show(
     if tuner is not None:
         merge(model, tuner)
     return weights
-
-
-def stage_data(stage: StageConfig) -> DataConfig:
-    """The data of a stage. Raises ConfigError where it has none."""
-    if stage.data is None:
-        cure = "give --data FILE, or write data: {path: …} into the stage"
-        raise ConfigError("train config", [Problem(f"stages.{stage.name}.data", None, "is missing", cure)])
-    return stage.data
 
 
 def run_stage(

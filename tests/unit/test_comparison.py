@@ -142,6 +142,16 @@ def test_another_config_and_other_folders_are_refused(tmp_path: Path) -> None:
     compare(config(tmp_path), ["channel_concat"], 1, output)
     with pytest.raises(OutputError, match="belongs to another config"):
         compare(config(tmp_path, batch_size=4), ["channel_concat"], 1, output)
+    with pytest.raises(OutputError, match=r"stages\.0\.batch_size was 2 and is 4"):
+        compare(config(tmp_path, batch_size=4), ["channel_concat"], 1, output)
+    compare(config(tmp_path, num_workers=3, logging_steps=7), ["channel_concat"], 1, output)  # it is the same
+    schedule = config(tmp_path)
+    data = Path(schedule.stages[0].data.path or "")  # type: ignore[union-attr]
+    before = data.read_text()
+    data.write_text(before.replace("yes", "no"))
+    with pytest.raises(OutputError, match="data of stage 'projector' has other content"):
+        compare(schedule, ["channel_concat"], 1, output)
+    data.write_text(before)
     with pytest.raises(OutputError, match="is not the output of a comparison"):
         compare(config(tmp_path), ["channel_concat"], 1, output / "runs" / "channel_concat-seed-3")
     compare(config(tmp_path, batch_size=4), ["channel_concat"], 1, output, overwrite=True)

@@ -14,9 +14,11 @@ from moe_vision.data.faults import RecordFault
 from moe_vision.training.checkpoints import damage, write_digests
 from moe_vision.training.identity import differences
 from moe_vision.training.output import OutputError, last_checkpoint
+from moe_vision.training.prealign import load_aligned, save_expert
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
-from tests.unit.test_training import Killed, assert_same, kill_at, weights
+from tests.tiny import tiny_model
+from tests.unit.test_training import Killed, assert_same, kill_at, train_killed, weights
 from tests.unit.toy import train_values
 
 RUN = "01-projector"
@@ -115,6 +117,32 @@ def test_digests_cover_folders_below_a_folder(tmp_path: Path) -> None:
 def test_another_number_of_processes_is_refused(killed: Any) -> None:
     with pytest.raises(OutputError, match="written by 1 processes, and this launch has 2"):
         last_checkpoint(killed[1] / "runs" / RUN, 2, print)
+
+
+def test_a_damaged_model_of_a_finished_run_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule, output = TrainConfig.model_validate(train_values(tmp_path, max_steps=2)), tmp_path / "out"
+    whole = weights(train(schedule, tmp_path / "whole"))
+    train_killed(monkeypatch, schedule, output, "02-finetune", 2)
+    flip(output / "runs" / RUN / "done" / "model.safetensors")
+    capsys.readouterr()
+    assert_same(weights(train(schedule, output)), whole)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model.safetensors is damaged" in said and "its run begins anew" in said and "[1/2] 01-projector" in said
+    assert not list(output.glob("runs/*/*")) and not (output / "model" / "digests.json").exists()
+
+
+def test_a_damaged_aligned_expert_is_named(tmp_path: Path) -> None:
+    model, _ = tiny_model()
+    path = tmp_path / "clip.safetensors"
+    save_expert(model, "clip", path, "config")
+    load_aligned(model, "clip", path, "config")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"clip\.safetensors' is damaged: it differs from its checksum"):
+        load_aligned(model, "clip", path, "config")
 
 
 def moved(values: dict[str, Any], tmp_path: Path) -> None:

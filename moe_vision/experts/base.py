@@ -55,6 +55,7 @@ class ExpertConfig:
     takes it as it is. resize: bilinear with antialias, plain bilinear, or with aligned corners as Eagle does.
     mean, std: in place of the checkpoint's own statistics. architecture: values in place of the checkpoint's own.
     compile: run this expert through torch.compile; a choice of the run, which no saved model remembers.
+    packages: what this family imports beside torch, torchvision and transformers; an export's card lists it.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -62,6 +63,7 @@ class ExpertConfig:
     specs: ClassVar[Mapping[str, ExpertSpec]] = {}
     library: ClassVar[Any] = None
     run_choices: ClassVar[frozenset[str]] = frozenset({"pretrained", "compile"})
+    packages: ClassVar[tuple[str, ...]] = ()
 
     variant: str
     pretrained: str | None = field(default="default", metadata={"path": "name"})

@@ -171,6 +171,8 @@ class TimmConfig(ExpertConfig):
         ),
     }  # fmt: skip
 
+    packages: ClassVar = ("timm",)
+
     final_norm: bool = False
 
     def check_variant(self) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from moe_vision.experts import ExpertConfig
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.cost import SLICED_SIZE
 
@@ -53,10 +54,11 @@ the weights above bind together: what one of them forbids is forbidden for the w
 
 ## Use
 
-The code is in this folder, in `modeling_moe_vision.py`; it needs `torch`, `torchvision` and `transformers`
-(5.16 or later), and `trust_remote_code=True` lets it run. Read it first.
+The code is in this folder, in `modeling_moe_vision.py`; it needs {packages},
+and `trust_remote_code=True` lets it run. Read it first.
 
 ```python
+# pip install {install}
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -92,6 +94,7 @@ def model_card(
         f"| {name} | {described(branch['mixer'])} | {described(branch['adapter'])} |"
         for name, branch in vision.branches.items()
     ]
+    packages = needed_packages(vision.expert_configs().values())
     plain_prompt = f'\ntext = "{processor.image_token} What is in the picture?"'
     return TEMPLATE.format(
         language=model.config.text_config.model_type,
@@ -104,8 +107,16 @@ def model_card(
         training=f"\n## Training\n\n{training or UNKNOWN_TRAINING}\n",
         results=results_table(metrics or {}),
         context=getattr(model.config.text_config, "max_position_embeddings", "the language model's own number of"),
+        packages=", ".join(f"`{name}`" + (" (5.16 or later)" if name == "transformers" else "") for name in packages),
+        install=" ".join(packages),
         prompt=CHAT_PROMPT if processor.chat_template else plain_prompt,
     )
+
+
+def needed_packages(experts: Iterable[ExpertConfig]) -> list[str]:
+    """Packages that an exported folder imports: every model's, and those of its experts."""
+    every = ("torch", "torchvision", "transformers", "pillow")
+    return list(dict.fromkeys([*every, *(package for expert in experts for package in expert.packages)]))
 
 
 UNKNOWN_TRAINING = "The folder that was exported does not say how it was trained."

@@ -28,7 +28,7 @@ class Conversation:
     tokens: tuple[str, ...]
 
 
-LLAMA_3 = Conversation("llama3_plain", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+LLAMA_3 = Conversation("llama3", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
 EAGLE_LLAMA_3 = Conversation("eagle_llama3", LLAMA_3.end, LLAMA_3.tokens)
 YI = Conversation("chatml_direct", "<|im_end|>", ("<|im_start|>", "<|im_end|>"))
 VICUNA = Conversation("vicuna_v1", "</s>", ("<s>", "</s>"))

@@ -1,5 +1,8 @@
 """Maps of timm's models: what a config plans is what the model gives, at any size that the model takes."""
 
+import ast
+import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -7,6 +10,9 @@ import timm
 import torch
 
 from moe_vision.experts import EXPERTS
+from moe_vision.export.card import model_card
+from moe_vision.modeling.flatten import ALLOWED
+from tests.tiny import tiny_model
 
 STRIDES = {
     "resnet10t": 32, "resnet18": 32, "seresnet50": 32, "skresnet18": 32, "resnest14d": 32,
@@ -94,3 +100,23 @@ def test_arguments_that_change_the_map_change_the_plan() -> None:
     assert config.build().eval()(torch.rand(1, 3, 224, 224)).shape.grid == (28, 28)
     other = EXPERTS["timm"](variant="swin_tiny_patch4_window7_224", pretrained=None, architecture={"img_size": 448})
     assert other.size == (448, 448) and other.shape.grid == (14, 14)
+
+
+def test_the_card_of_an_export_lists_the_packages_that_its_experts_import() -> None:
+    timm_expert = {"variant": "resnet10t", "pretrained": None, "image_size": [64, 64]}
+    clip = {"variant": "micro", "pretrained": None}
+    for experts, package in (({"clip": clip, "timm": timm_expert}, " timm"), ({"clip": clip}, "")):
+        card = model_card(*tiny_model(experts), None)
+        assert f"# pip install torch torchvision transformers pillow{package}\n" in card
+        assert ("`timm`" in card.split("## Use")[1]) == bool(package)
+
+
+@pytest.mark.parametrize("name", sorted(EXPERTS))
+def test_a_family_names_every_package_that_its_file_imports(name: str) -> None:
+    module = EXPERTS[name].__module__
+    if not module.startswith("moe_vision."):
+        pytest.skip("a plug-in of another test")
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    plain |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {root.split(".")[0] for root in plain} - ALLOWED - {"moe_vision"} == set(EXPERTS[name].packages)

@@ -18,9 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from moe_vision.experts.shards import listed, read_files, weight_files
 from moe_vision.experts.weight_values import StoredWeights, WeightsError, check_values, may_be_zero, origin
 from moe_vision.experts.weights import fitted, resolve
-from moe_vision.interop.prompts import CheckpointError, conversation, prompt_template
+from moe_vision.interop.prompts import CheckpointError, prompt_template
 from moe_vision.modeling import MoeVisionForConditionalGeneration
+from moe_vision.modeling.chat_rendering import end_of_turn_ids
 from moe_vision.modeling.compose import (
+    chat_template_of,
     fit_vocabulary,
     load_tokenizer,
     make_processor,
@@ -210,16 +212,13 @@ def assemble(
     """
     tokenizer = published_tokenizer(source.folder, config)
     tokenizer.chat_template = prompt_template(source.system, config.language_model, tokenizer)
-    config = with_template_of(config, tokenizer)
+    config = with_template_of_tokenizer(config)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token_id, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     with torch.device("meta"):
         model = MoeVisionForConditionalGeneration(hf_config)
-    prompt = conversation(source.system, tokenizer)
-    generation = generation_config_of(
-        str(source.folder), hf_config.text_config, tokenizer, image_token_id,
-        stops=[tokenizer.convert_tokens_to_ids(prompt.end)] if prompt is not None else [],
-    )  # fmt: skip
+    stops = end_of_turn_ids(tokenizer, chat_template_of(config, tokenizer))
+    generation = generation_config_of(str(source.folder), hf_config.text_config, tokenizer, image_token_id, stops)
     published = published_weights(source)
     found = by_our_names(published, model)
     embedding = found.get(f"{LANGUAGE_MODEL}embed_tokens.weight")
@@ -232,9 +231,7 @@ def assemble(
     model.tie_weights()
     fit_vocabulary(model, tokenizer)
     model.generation_config = generation
-    processor = make_processor(config, hf_config, tokenizer)
-    processor.chat_template = tokenizer.chat_template
-    save(model, processor, output)
+    save(model, make_processor(config, hf_config, tokenizer), output)
     return output
 
 
@@ -243,7 +240,7 @@ def published_tokenizer(folder: Path, config: ModelConfig) -> Any:
     return load_tokenizer(str(folder), config.language_model.image_token, config=LlamaConfig())
 
 
-def with_template_of(config: ModelConfig, tokenizer: Any) -> ModelConfig:
+def with_template_of_tokenizer(config: ModelConfig) -> ModelConfig:
     """The composition that takes its chat template from the tokenizer."""
     language = config.language_model.model_copy(update={"chat_template": None})
     return config.model_copy(update={"language_model": language})

@@ -125,6 +125,8 @@ def test_shards_with_leftovers(tmp_path: Path, tokens: Callable[[Path], int]) ->
     for name in ("model-00001-of-00002_old.safetensors", "model-00003-of-00003.safetensors", "model.safetensors"):
         save_file(leftover, source / name)
     model, processor = imported(source, tmp_path / "ours")
+    end = {vicuna: "</s>", yi: "<|im_end|>", llama3: "<|eot_id|>"}[tokens]
+    assert processor.tokenizer.convert_tokens_to_ids(end) in model.generation_config.eos_token_id
     (source / "model.safetensors").unlink()  # transformers would take it before the index
     same_logits(source, model, processor)
 

@@ -114,7 +114,9 @@ def search(
     """Find the experts that help most, one round at a time, with a report that says what can be told from chance."""
     from moe_vision.search import SearchConfig
     from moe_vision.search import search as run
+    from moe_vision.search.notes import notes
     from moe_vision.training.loading import load_schedule
+    from moe_vision.viz.tables import marked
 
     searched = load_schedule(SearchConfig, config, overrides or [], allow_plugins=plugins_allowed(context))
     if data is not None:
@@ -126,5 +128,8 @@ def search(
         print_json(summary)
     else:
         best = summary["best"]
-        print(f"best: {' + '.join(best['experts'])}, {best['test']['value']['mean']:.3f} of the test split")
+        name = marked(best["experts"], summary["random_weights"])
+        print(f"best: {name}, {best['test']['value']['mean']:.3f} of the test split")
+        for note in notes(summary):
+            print(f"- {note.replace('**', '')}")
         print(f"report: {output / 'report.md'}; train it: moe-vision train {output / 'best.yaml'} --output run")

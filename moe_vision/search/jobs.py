@@ -7,16 +7,18 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from filelock import FileLock
+from PIL import Image
 from rich.console import Console
 
-from moe_vision.data.records import Record
+from moe_vision.data.records import Record, image_size
 from moe_vision.evaluation import evaluate, load_on_accelerator
 from moe_vision.modeling.model_config import packaged_config
 from moe_vision.training.data import records_of
@@ -26,7 +28,8 @@ from moe_vision.training.prealign import aligned_file
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import DataConfig, TrainConfig
 
-Kind = Literal["align", "trial", "test"]
+Kind = Literal["align", "trial", "test", "blind"]
+"""test and blind ask a trained model: on its images, or on grey ones in their place."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,8 @@ class Job:
     processes: int = 1
 
     @property
-    def name(self) -> str:
-        what = {"align": "align", "trial": "train", "test": "test"}[self.kind]
-        return f"{what} {' + '.join(self.experts)}, seed {self.seed}"
+    def what(self) -> str:
+        return {"align": "align", "trial": "train", "test": "test", "blind": "ask without images"}[self.kind]
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,35 @@ def asked(schedule: TrainConfig, folder: Path, job: Job) -> list[bool]:
     assert job.asked is not None
     records = records_of(DataConfig.model_validate(job.asked), folder, job.data_seed)
     model, processor = load_on_accelerator(folder / "model")
+    if job.kind == "blind":
+        return asked_blind(model, processor, records, job)
     known = known_pictures(model, processor, schedule, records, store_of(job))
     report = evaluate(model, processor, records, job.eval_batch_size, job.max_new_tokens, known)
     return [prediction.right for prediction in report.predictions]
+
+
+def asked_blind(model: Any, processor: Any, records: list[Record], job: Job) -> list[bool]:
+    """Whether the model answers each item right with a grey image of the same size in the place of each of its images.
+    Items whose question and sizes are the same get the same answer, made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        greys = {path: grey_image(image_size(path), Path(folder)) for path in pictures_of(records)}
+        blinded = [replace(record, images=tuple(greys[path] for path in record.images)) for record in records]
+        distinct = list({(record.images, record.turns[:-1]): record for record in blinded}.values())
+        report = evaluate(model, processor, distinct, job.eval_batch_size, job.max_new_tokens)
+    said = {
+        (record.images, record.turns[:-1]): prediction
+        for record, prediction in zip(distinct, report.predictions, strict=True)
+    }
+    return [replace(said[record.images, record.turns[:-1]], answer=record.turns[-1].text).right for record in blinded]
+
+
+def grey_image(size: tuple[int, int], folder: Path) -> Path:
+    """A file with an image of (height, width) pixels, all of the same grey."""
+    height, width = size
+    path = folder / f"{height}x{width}.png"
+    if not path.is_file():
+        Image.new("RGB", (width, height), (128, 128, 128)).save(path)
+    return path
 
 
 def known_pictures(

@@ -2,18 +2,20 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 
 from moe_vision.search.jobs import Job
+from moe_vision.viz.tables import marked
 
 
 class Progress:
-    """Lines of a search. workers: how many jobs run at once; rounds: jobs of each round, if none stops the search."""
+    """Lines of a search. workers: how many jobs run at once; rounds: jobs of each round, if none stops the search;
+    random: experts with random weights, which are marked."""
 
-    def __init__(self, console: Console, workers: int, rounds: Sequence[int]) -> None:
-        self.console, self.workers, self.rounds = console, workers, rounds
+    def __init__(self, console: Console, workers: int, rounds: Sequence[int], random: Collection[str] = ()) -> None:
+        self.console, self.workers, self.rounds, self.random = console, workers, rounds, random
         self.left = self.number = 0
         self.durations: list[float] = []
 
@@ -23,7 +25,7 @@ class Progress:
     def begin_round(self, number: int, sets: Sequence[tuple[str, ...]]) -> None:
         """A round of candidates begins."""
         self.number = number
-        shown = "; ".join(" + ".join(experts) for experts in sets[:8]) + ("; …" if len(sets) > 8 else "")
+        shown = "; ".join(marked(experts, self.random) for experts in sets[:8]) + ("; …" if len(sets) > 8 else "")
         what = "candidate" if len(sets) == 1 else "candidates"
         self.say(f"round {number} of at most {len(self.rounds)}: {len(sets)} {what}: {shown}")
 
@@ -34,12 +36,15 @@ class Progress:
     def ended(self, job: Job, value: float | None, seconds: float) -> None:
         self.left -= 1
         self.durations.append(seconds)
-        shown = "" if value is None else f": {value:.3f}"
-        self.say(f"  {job.name}{shown}, {seconds:.0f} s{self.rest()}")
+        shown = "" if value is None else f": {value:.3f} of the validation split"
+        self.say(f"  {self.title(job)}{shown}, {seconds:.0f} s{self.rest()}")
 
     def failed(self, job: Job, error: str) -> None:
         self.left -= 1
-        self.say(f"  {job.name}: FAILED: {error.splitlines()[0]}{self.rest()}")
+        self.say(f"  {self.title(job)}: FAILED: {error.splitlines()[0]}{self.rest()}")
+
+    def title(self, job: Job) -> str:
+        return f"{job.what} {marked(job.experts, self.random)}, seed {job.seed}"
 
     def rest(self) -> str:
         """What is left, and when it is done at the latest, if jobs are like those before."""

@@ -25,25 +25,29 @@ from moe_vision.data.records import Record
 from moe_vision.evaluation import accelerator
 from moe_vision.modeling.compose import compose
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.search.baselines import Baselines, answer_counts, baselines_of
 from moe_vision.search.config import LocalExecutor, SearchConfig
 from moe_vision.search.executors import executor_of
 from moe_vision.search.journal import Journal, opened
 from moe_vision.search.methods import METHODS, Dropped, Experts, Failed, Outcome, Rules, Scored, in_order
 from moe_vision.search.progress import Progress
 from moe_vision.search.proxy import RidgeProxy
-from moe_vision.search.report import Found, write_report
+from moe_vision.search.report import write_report
 from moe_vision.search.statistics import Metric
-from moe_vision.search.subsets import kept, pool_of, subset_model, subset_stages, with_pretrained
-from moe_vision.search.trials import Trials
+from moe_vision.search.subsets import alignment_stages, kept, pool_of, subset_model, subset_stages, with_pretrained
+from moe_vision.search.summary import Found
+from moe_vision.search.trials import Planned, Trials
 from moe_vision.terminal import terminal
 from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import records_of, settle, staged
 from moe_vision.training.feature_store import FeatureStore
 from moe_vision.training.features import FeatureCache, expert_maps, pictures_of
+from moe_vision.training.groups import touches
 from moe_vision.training.loading import model_config
 from moe_vision.training.output import check_output, open_output
 from moe_vision.training.prealign import aligned_file
 from moe_vision.training.schedule import DataConfig, TrainConfig
+from moe_vision.viz.tables import marked
 
 OWN_NAMES = frozenset({
     "config.yaml", "search.yaml", "search.db", "search.db-journal", "search.lock", "search.driver", "best.yaml",
@@ -95,10 +99,13 @@ def search(
 
 def planned_search(config: SearchConfig) -> str:
     """How many trials there are at most, for people. Raises ConfigError."""
-    pool = pool_of(config, model_config(config))
+    model = model_config(config)
+    pool = pool_of(config, model)
     rounds, trained = candidates_of(config, pool), trained_of(config, pool)
+    random = random_experts(config, model, pool)
+    shown = ", ".join(marked([name], random) for name in pool)
     seen = "" if config.proxy is None else f", of {sum(rounds)} that the proxy sees"
-    said = f"{config.method} search over {', '.join(pool)}: at most {sum(trained)} sets to train{seen}, "
+    said = f"{config.method} search over {shown}: at most {sum(trained)} sets to train{seen}, "
     trials = f"{config.seeds} seeds each: {sum(trained) * config.seeds} trials"
     return f"{said}{trials} like the one above, which is of all experts"
 
@@ -155,7 +162,9 @@ def decide(
     """Choose, ask the chosen set the test items, and report."""
     asked = {name: metric_of(records[name], config) for name in ("validation", "test")}
     workers = config.executor.processes if isinstance(config.executor, LocalExecutor) else 1
-    progress = Progress(console, workers, [sets * config.seeds for sets in trained_of(config, pool)])
+    random = random_experts(config, model, pool)
+    rounds = [sets * config.seeds for sets in trained_of(config, pool)]
+    progress = Progress(console, workers, rounds, random)
     executor = executor_of(config.executor, config.processes_per_trial)
     try:
         trials = Trials(config, model, output, journal, executor, asked["validation"], progress)
@@ -165,20 +174,51 @@ def decide(
         base = in_order(pool, config.base_experts)
         trace = METHODS[config.method](pool, base, looks.evaluate, rules)
         best = trace.best[0]
-        planned = [trials.test(best, seed) for seed in trials.seeds]
-        rows = trials.do(planned)
-        errors = [row.error for row in rows.values() if row.error is not None]
-        if errors:
-            raise RuntimeError(f"the test of {' + '.join(best)} failed: {errors[0]}")
-        test = torch.tensor([rows[item.job.key].answers() for item in planned], dtype=torch.float32)
+        test = asked_again(trials, best, [trials.test(best, seed) for seed in trials.seeds])
+        baselines = baselines_by_split(config, trials, best, records)
     finally:
         executor.close()
     write_atomically(output / "best.yaml", best_config(config, model, best))
     found = Found(
         config, trace, pool, looks.answers, looks.proxied, {e: trials.cost_of(e) for e in looks.answers}, test,
-        asked["validation"], asked["test"], {name: len(own) for name, own in records.items()},
+        asked["validation"], asked["test"], {name: len(own) for name, own in records.items()}, random, baselines,
     )  # fmt: skip
     return write_report(found, output)
+
+
+def asked_again(trials: Trials, best: Experts, planned: Sequence[Planned]) -> torch.Tensor:
+    """Answers [seeds, items] of jobs that ask the best set's models. Raises RuntimeError if one fails."""
+    rows = trials.do(planned)
+    errors = [(item, row.error) for item in planned if (row := rows[item.job.key]).error is not None]
+    for item, error in errors:
+        raise RuntimeError(f"the job '{item.job.what}' of {' + '.join(best)} failed: {error}")
+    return torch.tensor([rows[item.job.key].answers() for item in planned], dtype=torch.float32)
+
+
+def baselines_by_split(
+    config: SearchConfig, trials: Trials, best: Experts, records: dict[str, list[Record]]
+) -> dict[str, Baselines]:
+    """Baselines of the validation and the test split. Majorities are of the data of all stages."""
+    parts = list({data.model_dump_json(): data for stage in config.stages if (data := stage.data) is not None}.values())
+    counts = answer_counts(
+        record for data in parts for record in records_of(data, trials.output / "data", config.seed)
+    )  # fmt: skip
+    found = {}
+    for split, data in (("validation", config.validation), ("test", config.test)):
+        blind = asked_again(trials, best, [trials.blind(best, seed, data) for seed in trials.seeds])
+        found[split] = baselines_of(records[split], counts, blind)
+    return found
+
+
+def random_experts(config: SearchConfig, model: ModelConfig, pool: Experts) -> dict[str, str]:
+    """Experts of the pool whose weights are random at the start, and whether a stage aligns or trains them: `frozen`
+    or `trained`."""
+    rates = [group for stage in config.stages if stage.prealign is None for group in stage.rates]
+    return {
+        name: "trained" if alignment_stages(config, name) or touches(f"experts.{name}", rates) else "frozen"
+        for name in pool
+        if model.experts[name].pretrained is None
+    }
 
 
 def metric_of(records: Sequence[Record], config: SearchConfig) -> Metric:

@@ -5,6 +5,7 @@ A gain is paired: both sets of experts answered the same items from the same see
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,22 @@ class Metric:
         sums = torch.zeros(len(values), self.clusters * len(self.tasks), dtype=torch.float64)
         sums.index_add_(1, self.cell, values.double())
         return sums.view(len(values), self.clusters, len(self.tasks))
+
+    def of_task(self, task: str) -> tuple["Metric", torch.Tensor]:
+        """The metric of one task alone, and the rows of its items."""
+        rows = (self.cell % len(self.tasks) == self.tasks.index(task)).nonzero().flatten()
+        images = [str(number) for number in (self.cell[rows] // len(self.tasks)).tolist()]
+        return Metric([task] * len(rows), images, {}), rows
+
+    def without(self, task: str) -> "Metric | None":
+        """The same metric with no weight on a task; null if no other task has any."""
+        weights = self.weights.clone()
+        weights[self.tasks.index(task)] = 0
+        if not weights.sum() > 0:
+            return None
+        other = copy(self)
+        other.weights = weights / weights.sum()
+        return other
 
     def by_task(self, right: torch.Tensor) -> torch.Tensor:
         """right [seeds, items] → the share of each task [seeds, tasks]."""

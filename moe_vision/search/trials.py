@@ -95,9 +95,17 @@ class Trials:
 
     def test(self, experts: Experts, seed: int) -> Planned:
         """The job that asks a set's trained model the test items."""
+        return self.question("test", experts, seed, self.config.test)
+
+    def blind(self, experts: Experts, seed: int, data: DataConfig | None) -> Planned:
+        """The job that asks a set's trained model items without their images."""
+        return self.question("blind", experts, seed, data)
+
+    def question(self, kind: Kind, experts: Experts, seed: int, data: DataConfig | None) -> Planned:
+        """A job that asks the model of a trial."""
         trial = self.trial(experts, seed)
         config = TrainConfig.model_validate(trial.job.schedule)
-        planned = self.planned("test", experts, seed, config, "trials", {"trial": trial.job.key}, self.config.test)
+        planned = self.planned(kind, experts, seed, config, "trials", {"trial": trial.job.key}, data)
         return replace(planned, job=replace(planned.job, folder=trial.job.folder))
 
     def planned(

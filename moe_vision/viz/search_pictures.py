@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moe_vision.viz.tables import marked
+
 
 def save(figure: Figure, path: Path) -> None:
     # Without a date or a version in it, the same search draws the same file.
@@ -24,7 +26,7 @@ def draw_trace(summary: Mapping[str, Any], path: Path) -> None:
             at = number + (0.3 * (place / max(1, len(tried) - 1) - 0.5) if len(tried) > 1 else 0.0)
             axes.errorbar(at, candidate["value"]["mean"], candidate["value"]["spread"] or 0.0, fmt="o", capsize=2,
                           color="tab:blue" if won else "lightgrey")  # fmt: skip
-            label = " + ".join(candidate["change"])
+            label = marked(candidate["change"], summary["random_weights"])
             if won or len(tried) <= 6:
                 axes.annotate(label, (at, candidate["value"]["mean"]), textcoords="offset points", xytext=(5, 3),
                               fontsize=7)  # fmt: skip
@@ -40,7 +42,8 @@ def draw_costs(summary: Mapping[str, Any], path: Path) -> None:
     """FLOPs of one image to the right, scores up: every set, and those that no cheaper one beats joined."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    points = sorted((s["gflops"], s["value"]["mean"], name) for name, s in summary["sets"].items())
+    random = summary["random_weights"]
+    points = sorted((s["gflops"], s["value"]["mean"], marked(s["experts"], random)) for s in summary["sets"].values())
     front: list[tuple[float, float]] = []
     for gflops, value, name in points:
         on_front = not front or value > front[-1][1]
@@ -60,6 +63,9 @@ def draw_proxy(summary: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for name, (ridge, trained) in summary["proxy"]["sets"].items():
         axes.plot(ridge, trained, "o", color="tab:blue")
+        name = marked(summary["sets"][name]["experts"], summary["random_weights"])
         axes.annotate(name, (ridge, trained), textcoords="offset points", xytext=(4, 3), fontsize=6)
-    axes.set(xlabel="ridge", ylabel="trained", title=f"Kendall's tau {summary['proxy']['tau']:.2f}")
+    axes.set(
+        xlabel="ridge, validation", ylabel="trained, validation", title=f"Kendall's tau {summary['proxy']['tau']:.2f}"
+    )
     save(figure, path)

@@ -1,7 +1,7 @@
 """Tables for the terminal and for reports."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 def size(pair: tuple[int, int] | None) -> str:
     return "" if pair is None else f"{pair[0]}x{pair[1]}"
+
+
+def marked(experts: Iterable[str], random: Collection[str]) -> str:
+    """Names of a set of experts; those with random weights are marked."""
+    names = [f"{name} (random)" if name in random else name for name in experts]
+    return " + ".join(names) or "nothing"
 
 
 def scaled(number: float, digits: str = ".2f") -> str:

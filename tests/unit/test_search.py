@@ -16,6 +16,7 @@ from moe_vision.search.subsets import pool_of, subset_model, subset_stages
 from moe_vision.training.loading import load_train_config, model_config
 from moe_vision.training.output import OutputError
 from moe_vision.training.runner import train
+from moe_vision.viz.tables import marked
 from tests.unit.toy_search import EXPERTS, QUIET, journal, reported, search_config, search_values
 
 
@@ -45,7 +46,7 @@ def test_a_search_reports_rounds_gains_and_a_test_score(found: tuple[SearchConfi
     assert [json.loads(row["experts"]) for row in tests] == [best["experts"]] * 2
     assert all(len(row["right"]) == 12 for row in tests)
     report = (output / "report.md").read_text()
-    assert f"**{' + '.join(best['experts'])}**: {best['test']['value']['mean']:.3f}" in report
+    assert f"**{marked(best['experts'], EXPERTS)}**: {best['test']['value']['mean']:.3f}" in report
     assert (output / "pictures/rounds.png").is_file() and (output / "pictures/cost.png").is_file()
     assert json.loads((output / "results.json").read_text()) == summary
     kept = [path for path in (output / "trials").glob("*/model")]

@@ -24,8 +24,8 @@ from moe_vision.search.methods import (
     exhaustive,
     greedy,
 )
-from moe_vision.search.report import cheaper_equal
 from moe_vision.search.statistics import Metric, kendall_tau
+from moe_vision.search.summary import cheaper_equal
 
 POOL = ("a", "b", "c", "d")
 WORTH = {"a": 0.1, "b": 0.4, "c": 0.2, "d": -0.05}

@@ -9,6 +9,7 @@ OUTPUT/aligned/     experts aligned by themselves OUTPUT/data/          pictures
 OUTPUT/features/    what frozen experts made of pictures
 """
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.search.baselines import Baselines, answer_counts, baselines_of
 from moe_vision.search.config import LocalExecutor, SearchConfig
 from moe_vision.search.executors import executor_of
-from moe_vision.search.journal import Journal, opened
+from moe_vision.search.journal import Journal, locked, opened
 from moe_vision.search.methods import METHODS, Dropped, Experts, Failed, Outcome, Rules, Scored, in_order
 from moe_vision.search.progress import Progress
 from moe_vision.search.proxy import RidgeProxy
@@ -43,15 +44,17 @@ from moe_vision.training.data import records_of, settle, staged
 from moe_vision.training.feature_store import FeatureStore
 from moe_vision.training.features import FeatureCache, expert_maps, pictures_of
 from moe_vision.training.groups import touches
+from moe_vision.training.identity import data_digests
 from moe_vision.training.loading import model_config
-from moe_vision.training.output import check_output, open_output
+from moe_vision.training.output import DATA_DIGESTS, check_data, check_output, open_output
 from moe_vision.training.prealign import aligned_file
 from moe_vision.training.schedule import DataConfig, TrainConfig
 from moe_vision.viz.tables import marked
 
 OWN_NAMES = frozenset({
-    "config.yaml", "search.yaml", "search.db", "search.db-journal", "search.lock", "search.driver", "best.yaml",
-    "report.md", "results.json", "trials", "aligned", "pictures", "data", "features",
+    "config.yaml", "search.yaml", "search.db", "search.db-journal", "search.db-wal", "search.db-shm", "search.lock",
+    "search.driver", "best.yaml", "report.md", "results.json", "trials", "aligned", "pictures", "data", "features",
+    DATA_DIGESTS,
 })  # fmt: skip
 """What the output of a search holds."""
 
@@ -77,12 +80,15 @@ def search(
     identity = yaml.safe_dump({key: resolved[key] for key in DECIDES}, sort_keys=False)
     check_output(output, identity, overwrite=overwrite, own=OWN_NAMES, what="the output of a search", compared=dict)
     if output.exists() and overwrite:
-        with opened(output):
+        with locked(output):
             pass  # nobody else searches there
     with staged(output, overwrite=overwrite) as folder:
-        for data in data_of(config):  # all is checked before an old output goes
-            records_of(data, folder, config.seed)
+        # All is checked before an old output goes.
+        digests = data_digests({n: records_of(data, folder, config.seed) for n, data in data_of(config).items()})
+        if not overwrite:
+            check_data(output, digests)
         open_output(output, identity, overwrite=overwrite)
+        write_atomically(output / DATA_DIGESTS, json.dumps(digests, indent=1))
         settle(folder, output)
     with opened(output) as journal:
         write_atomically(output / "search.yaml", yaml.safe_dump(resolved, sort_keys=False))
@@ -149,10 +155,11 @@ def check_config(config: SearchConfig, model: ModelConfig) -> None:
     config.runs(list(model.experts))
 
 
-def data_of(config: SearchConfig) -> list[DataConfig]:
-    """Of every stage, of validation and of the test."""
-    every = (*(stage.data for stage in config.stages), config.validation, config.test)
-    return [data for data in every if data is not None]
+def data_of(config: SearchConfig) -> dict[str, DataConfig]:
+    """Of every stage, of validation and of the test, by what messages call it."""
+    every = {f"stage '{stage.name}'": stage.data for stage in config.stages}
+    every |= {"validation": config.validation, "test": config.test}
+    return {name: data for name, data in every.items() if data is not None}
 
 
 def decide(

@@ -320,7 +320,7 @@ def test_a_journal_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     config = search_config(tmp_path, pool=["clip"], seeds=1)
     search(config, tmp_path / "out", console=QUIET)
     (tmp_path / "out/search.db").write_text("garbage" * 100)
-    with pytest.raises(SearchError, match=r"search.db' cannot be read \(file is not a database\): restore it"):
+    with pytest.raises(SearchError, match=r"search.db' is damaged \(file is not a database\): restore it"):
         search(config, tmp_path / "out", console=QUIET)
 
 

@@ -12,7 +12,7 @@ OUTPUT/features/    what frozen experts made of pictures
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +44,7 @@ from moe_vision.training.data import records_of, settle, staged
 from moe_vision.training.feature_store import FeatureStore
 from moe_vision.training.features import FeatureCache, expert_maps, pictures_of
 from moe_vision.training.groups import touches
-from moe_vision.training.identity import data_digests
+from moe_vision.training.identity import FREE, data_digests
 from moe_vision.training.loading import model_config
 from moe_vision.training.output import DATA_DIGESTS, check_data, check_output, open_output
 from moe_vision.training.prealign import aligned_file
@@ -78,7 +78,7 @@ def search(
     check_config(config, model)
     resolved = config.model_copy(update={"model": model.to_plain()}).model_dump(mode="json")
     identity = yaml.safe_dump({key: resolved[key] for key in DECIDES}, sort_keys=False)
-    check_output(output, identity, overwrite=overwrite, own=OWN_NAMES, what="the output of a search", compared=dict)
+    check_output(output, identity, overwrite=overwrite, own=OWN_NAMES, what="the output of a search", compared=deciding)
     if output.exists() and overwrite:
         with locked(output):
             pass  # nobody else searches there
@@ -101,6 +101,17 @@ def search(
         if retry_failed:
             journal.forget_failures()
         return decide(config, model, pool, output, journal, records, console)
+
+
+def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values that an output belongs to, without settings of stages that cannot change a result. Places of
+    data stay: trials are known by them."""
+
+    def without_free(stage: Any) -> Any:
+        return {key: own for key, own in stage.items() if key not in FREE} if isinstance(stage, dict) else stage
+
+    stages = values.get("stages")
+    return {**values, "stages": [without_free(stage) for stage in stages] if isinstance(stages, list) else stages}
 
 
 def planned_search(config: SearchConfig) -> str:

@@ -26,11 +26,16 @@ from moe_vision.search.statistics import Metric
 from moe_vision.search.subsets import alignment_stages, subset_model, subset_stages, with_pretrained
 from moe_vision.training.checks import check_groups
 from moe_vision.training.data import on_disk
+from moe_vision.training.identity import FREE
 from moe_vision.training.prealign import aligned_file, alone
 from moe_vision.training.schedule import DataConfig, StageConfig, TrainConfig
 
 FORMAT = 1
 """Of what a job's hash is over; another one makes every trial new."""
+
+
+FREE_DEFAULTS = {name: StageConfig.model_fields[name].default for name in FREE}
+"""What stands in a job's hash for settings of a stage that cannot change its result."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,10 @@ class Trials:
         asked: DataConfig | None = None, length: float = 1.0,
     ) -> Planned:  # fmt: skip
         """A job under the hash of all that decides its result. named: what stands for paths that lie in the output."""
+        stages = [stage.model_copy(update=FREE_DEFAULTS) for stage in schedule.stages]
+        hashed = schedule.model_copy(update={"stages": stages})
         decides = {
-            "format": FORMAT, "kind": kind, "schedule": schedule.model_dump(mode="json") | named,
+            "format": FORMAT, "kind": kind, "schedule": hashed.model_dump(mode="json") | named,
             "data_seed": self.config.seed, "asked": asked and asked.model_dump(mode="json"),
             "max_new_tokens": self.config.max_new_tokens,
             **({"processes": self.config.processes_per_trial} if self.config.processes_per_trial > 1 else {}),

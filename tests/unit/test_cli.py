@@ -102,11 +102,16 @@ def test_search_prints_what_is_best_or_only_json(monkeypatch, capsys, tmp_path: 
     arguments += ["--validation", asked["validation"], "--test", asked["test"]]
     code, out, err = run(monkeypatch, capsys, *arguments, "--json")
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())
-    assert "train clip, seed 0: 0." in err
+    assert "train clip (random), seed 0: 0." in err
     code, out, _ = run(monkeypatch, capsys, *arguments)
-    assert code == 0 and "best: clip, 0." in out and "best.yaml --output run" in out and "train clip" not in out
+    assert (
+        code == 0 and "best: clip (random), 0." in out and "best.yaml --output run" in out and "train clip" not in out
+    )
+    assert "- Baselines on the test split: blind 0." in out and "**" not in out
     code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "search.yaml")
-    assert code == 0 and "greedy search over clip: at most 1 sets to train, 1 seeds each" in " ".join(out.split())
+    assert code == 0 and "greedy search over clip (random): at most 1 sets to train, 1 seeds each" in " ".join(
+        out.split()
+    )
     code, out, _ = run(monkeypatch, capsys, "schema", "search")
     assert code == 0 and "task_weights" in json.loads(out)["properties"]
 

@@ -226,7 +226,10 @@ def test_bad_configs_are_refused_before_any_work(tmp_path: Path, changes: dict[s
 
 def test_show_says_how_many_trials_there_are(tmp_path: Path) -> None:
     greedy = search_config(tmp_path, seeds=3)
-    assert "over clip, sam, eva02: at most 6 sets to train, 3 seeds each: 18 trials" in planned_search(greedy)
+    assert (
+        "over clip (random), sam (random), eva02 (random): at most 6 sets to train, 3 seeds each: 18 trials"
+        in planned_search(greedy)
+    )
     for changes, sets in (
         ({"proxy": {"keep": 2}}, "5 sets to train, of 6 that the proxy sees"), ({"base_experts": ["sam"]}, "4 sets"),
         ({"max_experts": 2}, "5 sets"), ({"method": "backward"}, "6 sets"), ({"method": "exhaustive"}, "7 sets"),

@@ -248,6 +248,11 @@ def test_a_search_says_what_is_wrong_with_its_output(tmp_path: Path, monkeypatch
         (output / name).touch()
     monkeypatch.setattr(executors, "run_job", lambda job: pytest.fail("what has ended is done again"))
     search(config, output, console=QUIET)
+    free = {"num_workers": 2, "logging_steps": 3, "save_steps": 7, "cache_gb": 2.0}  # which change no result
+    stages = [stage.model_copy(update=free) for stage in config.stages]
+    search(config.model_copy(update={"stages": stages}), output, console=QUIET)
+    stages = [stage.model_copy(update={"max_steps": 13}) for stage in config.stages]
+    refused(OutputError, r"stages.0.max_steps was 12 and is 13", config.model_copy(update={"stages": stages}))
     (output / "search.db").write_text("garbage" * 100)
     monkeypatch.setattr(executors, "run_job", run)
     assert search(config, output, console=QUIET, overwrite=True)["best"]["experts"] == ["clip"]

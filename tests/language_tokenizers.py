@@ -25,6 +25,9 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 CORPUS = (
     "is it a dog yes what is it cat which colour red how many two squares",
     "what is in the picture a red circle no zebra and the blue dog where is it",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions. USER: ASSISTANT: user assistant system",
+    "You are a helpful assistant. Answer the questions.",
 )
 
 
@@ -52,7 +55,7 @@ def small_tokenizer(kind: str, marks: tuple[str, ...] = (), begins: bool = True)
         special += [f"<0x{number:02X}>" for number in range(256)]
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         tokenizer.decoder = decoders.Sequence(steps)
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(CORPUS, trainer)
     if not kind.startswith("byte_level"):  # bytes are tokens of the model, not special ones
         values = json.loads(tokenizer.to_str())

@@ -63,7 +63,7 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
             labels += [IGNORED] * count
         else:
             ids.append(token)
-            learnt = any(first <= start and (start < last or end < last) for first, last in spans)
+            learnt = any(first <= start < last for first, last in spans)
             labels.append(token if learnt else IGNORED)
     return Tokenised(ids, labels)
 

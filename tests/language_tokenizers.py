@@ -25,8 +25,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 CORPUS = (
     "is it a dog yes what is it cat which colour red how many two squares",
     "what is in the picture a red circle no zebra and the blue dog where is it",
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. USER: ASSISTANT: user assistant system",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: ASSISTANT: user assistant system",
     "You are a helpful assistant. Answer the questions.",
 )
 

@@ -56,7 +56,7 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
     ids: list[int] = []
     labels: list[int] = []
     counts = iter(image_tokens(record.images, processor))
-    for token, start, end in encoded(text, [start for start, _ in spans], processor.tokenizer):
+    for token, start, _ in encoded(text, [start for start, _ in spans], processor.tokenizer):
         if token == processor.image_token_id:
             count = next(counts)
             ids += [token] * count

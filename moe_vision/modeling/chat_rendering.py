@@ -12,13 +12,18 @@ from transformers.utils.chat_template_utils import render_jinja_template
 Message = Mapping[str, Any]
 
 
-def render_chat(tokenizer: Any, template: str, messages: Sequence[Message], generation: bool = False) -> str:
-    """Text of a conversation. `generation` opens the next answer. Raises jinja2.TemplateError, as templates do."""
+def render_chat(
+    tokenizer: Any, template: str, messages: Sequence[Message], generation: bool = False, **variables: Any
+) -> str:
+    """Text of a conversation. `generation` opens the next answer. variables: others of the template.
+
+    Raises jinja2.TemplateError, as templates do.
+    """
     rendered: Any = render_jinja_template(
         [[dict(message) for message in messages]],
         chat_template=template,
         add_generation_prompt=generation,
-        **tokenizer.special_tokens_map,
+        **{**tokenizer.special_tokens_map, **variables},
     )
     text: str = rendered[0][0]
     return text

@@ -33,9 +33,9 @@ PROLOGUE = """\
 {%- for message in messages -%}
   {%- set content = message['content'] -%}
   {%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}
-  {%- set form = USERS if message['role'] == 'user' else OTHERS -%}
+  {%- set form = moe_vision_users if message['role'] == 'user' else moe_vision_others -%}
   {%- set made = namespace(parts=[], text='') -%}
-  {%- if MERGED and moe_vision.system and message['role'] == 'user' -%}
+  {%- if moe_vision_merged and moe_vision.system and message['role'] == 'user' -%}
     {%- set content = [{'type': 'text', 'text': moe_vision.system + '\\n\\n'}] + content -%}
     {%- set moe_vision.system = '' -%}
   {%- endif -%}
@@ -43,7 +43,7 @@ PROLOGUE = """\
     {%- if part is string -%}{%- set part = {'type': 'text', 'text': part} -%}{%- endif -%}
     {%- if part['type'] in ['image', 'image_url', 'input_image'] -%}
       {%- set made.parts = made.parts + [{'type': 'image'}] -%}
-      {%- set made.text = made.text + IMAGE -%}
+      {%- set made.text = made.text + moe_vision_image -%}
     {%- elif part['text'] is string -%}
       {%- set made.parts = made.parts + [{'type': 'text', 'text': part['text']}] -%}
       {%- set made.text = made.text + part['text'] -%}
@@ -51,7 +51,7 @@ PROLOGUE = """\
       {{- raise_exception('content parts of type ' ~ part['type'] ~ ' are not supported: use text and image') -}}
     {%- endif -%}
   {%- endfor -%}
-  {%- if MERGED and message['role'] == 'system' -%}
+  {%- if moe_vision_merged and message['role'] == 'system' -%}
     {%- set moe_vision.system = made.text -%}
   {%- elif not content -%}
     {%- set moe_vision.turns = moe_vision.turns + [message] -%}
@@ -73,24 +73,29 @@ class Wrapping:
 
     forms: of users' turns and of the others; None to hand them on unchanged. merged: a system turn becomes the
     beginning of the first user's. prefix: special tokens to print first. opening: the generation prompt; None for the
-    template's own. undefined: special tokens that the template names and the tokenizer lacks.
+    template's own.
     """
 
     forms: tuple[str, str] | None = None
     merged: bool = False
     prefix: str = ""
     opening: str | None = None
-    undefined: tuple[str, ...] = ()
+
+    def variables(self, image_token: str) -> dict[str, Any]:
+        """What the prologue reads."""
+        if self.forms is None:
+            return {}
+        users, others = self.forms
+        return {
+            "moe_vision_users": users, "moe_vision_others": others, "moe_vision_merged": self.merged,
+            "moe_vision_image": f"{image_token}\n",
+        }  # fmt: skip
 
     def around(self, template: str, image_token: str) -> str:
         """The wrapped template."""
-        before = "".join(f"{{%- set {name} = '' -%}}\n" for name in self.undefined)
+        before = "".join(f"{{%- set {key} = {value!r} -%}}\n" for key, value in self.variables(image_token).items())
         if self.forms is not None:
-            values = {"USERS": self.forms[0], "OTHERS": self.forms[1], "IMAGE": f"{image_token}\n"}
-            filled = PROLOGUE.replace("MERGED", str(self.merged).lower())
-            for name, value in values.items():
-                filled = filled.replace(name, repr(value))
-            before += filled
+            before += PROLOGUE
         if self.prefix:
             before += f"{{{{- {self.prefix!r} -}}}}{{#- special tokens of the tokenizer #}}\n"
         if self.opening is None:
@@ -136,27 +141,33 @@ def as_messages(turns: Sequence[tuple[str, list[Any]]], strings: bool = False) -
     return messages
 
 
-def faults(tokenizer: Any, template: str) -> Iterator[str]:
-    """What is wrong with the texts of the probes, each with what the template printed."""
+def faults(tokenizer: Any, template: str, variables: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the texts of the probes, each with what the template printed. variables: of the prologue."""
     image = tokenizer.image_token
     for name, turns in conversations().items():
         ended = [*turns, ("assistant", [OTHER_ANSWER if len(turns) < 3 else "done, finally"])]
         for generation, probe in ((True, turns), (False, ended)):
-            text = rendered(tokenizer, template, as_messages(probe), generation)
+            text = rendered(tokenizer, template, as_messages(probe), generation, variables)
             if text.startswith("!"):
                 yield f"{name}: it failed: {text[1:]}"
                 continue
             if fault := out_of_order(text, [part for _, parts in probe for part in parts], image):
                 yield f"{name}: {fault} {shortened(text)!r}"
             images = any(IMAGE_PART in parts for _, parts in probe)
-            if not images and rendered(tokenizer, template, as_messages(probe, strings=True), generation) != text:
+            if (
+                not images
+                and rendered(tokenizer, template, as_messages(probe, strings=True), generation, variables) != text
+            ):
                 yield f"{name}: it prints a string in another way than a list of one text {shortened(text)!r}"
 
 
-def rendered(tokenizer: Any, template: str, messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
+def rendered(
+    tokenizer: Any, template: str, messages: Sequence[Mapping[str, Any]], generation: bool,
+    variables: Mapping[str, Any],
+) -> str:  # fmt: skip
     """The text, or the template's error after '!'. Templates raise whatever their expressions raise."""
     try:
-        return render_chat(tokenizer, template, messages, generation)
+        return render_chat(tokenizer, template, messages, generation, **variables)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         return f"!{type(error).__name__}: {error}"
 
@@ -212,16 +223,13 @@ def usable_template(tokenizer: Any, template: str, source: str) -> str:
     """
     template = known_end(tokenizer, template)
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    undefined = tuple(name for name in names if name in template and getattr(tokenizer, name) is None)
+    missing = [name for name in names if name in template and getattr(tokenizer, name) is None]
+    template = "".join(f"{{%- set {name} = '' %}}\n" for name in missing) + template
     problems: dict[str, str] = {}
     for merged in (False, True):
-        for forms in (None, *FORMS):
-            if merged and forms is None:
-                continue
-            wrapping = Wrapping(forms, merged, undefined=undefined)
-            wrapping = replace(wrapping, prefix=missing_prefix(tokenizer, template, wrapping))
+        for forms in FORMS if merged else (None, *FORMS):
             try:
-                return fitted(tokenizer, template, wrapping)
+                return fitted(tokenizer, template, Wrapping(forms, merged))
             except (ValueError, TemplateError) as error:
                 problems.setdefault("a string" if forms == ("string", "string") else "a list of parts", str(error))
     told = "; ".join(f"with {form} as content: {problem}" for form, problem in problems.items())
@@ -235,12 +243,18 @@ def usable_template(tokenizer: Any, template: str, source: str) -> str:
 def fitted(tokenizer: Any, template: str, wrapping: Wrapping) -> str:
     """The template in this wrapping, with the generation prompt that it needs. Raises ValueError where it is wrong."""
     image = tokenizer.image_token
+    probed = template if wrapping.forms is None else PROLOGUE + template  # compiled once for all forms
+    variables = wrapping.variables(image)
+    raise_first(faults(tokenizer, probed, variables))
+    prefix, _ = added_special_tokens(tokenizer)
+    printed = rendered(tokenizer, probed, as_messages([("user", [FIRST])]), True, variables)
+    if not printed.startswith(prefix):
+        wrapping = replace(wrapping, prefix=prefix)
     text = wrapping.around(template, image)
-    raise_first(faults(tokenizer, text))
     opening = generation_prompt(tokenizer, text)
     if opening is not None:
         text = replace(wrapping, opening=opening).around(template, image)
-    raise_first(faults(tokenizer, text))
+    raise_first(faults(tokenizer, text, {}))
     raise_first(prompt_faults(tokenizer, text))
     return text
 
@@ -249,14 +263,6 @@ def raise_first(problems: Iterator[str]) -> None:
     """Raises ValueError with the first problem, if there is one."""
     for problem in problems:
         raise ValueError(problem)
-
-
-def missing_prefix(tokenizer: Any, template: str, wrapping: Wrapping) -> str:
-    """Special tokens that the tokenizer puts before every text, where the template does not print them."""
-    prefix, _ = added_special_tokens(tokenizer)
-    text = wrapping.around(template, tokenizer.image_token)
-    printed = rendered(tokenizer, text, as_messages([("user", [FIRST])]), True)
-    return "" if printed.startswith(prefix) else prefix
 
 
 def prompt_faults(tokenizer: Any, template: str) -> Iterator[str]:

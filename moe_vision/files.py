@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 KINDS = (
     (stat.S_ISDIR, "is a folder"),
     (stat.S_ISFIFO, "is a named pipe"),
@@ -145,15 +147,17 @@ def json_text(value: Any) -> str:
 
 @contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Raise WriteError, which names `what` and `path`, for an OSError in this block."""
+    """Raise WriteError, which names `what` and `path`, where a write in this block fails."""
     try:
         yield
     except WriteError:
         raise
     except OSError as error:
-        raise WriteError(
-            error.errno, f"{what} '{path}' cannot be written ({reason(error)}): {os_hint(error)}"
-        ) from error
+        text = f"{what} '{path}' cannot be written ({reason(error)}): {os_hint(error)}"
+        raise WriteError(error.errno, text) from error
+    except SafetensorError as error:  # the library has no other kind for a full disk
+        number = next((n for n in HINTS if f"os error {n}" in str(error) or f"code: {n}," in str(error)), errno.ENOSPC)
+        raise WriteError(number, f"{what} '{path}' cannot be written ({error}): {HINTS[number]}") from error
 
 
 @contextmanager

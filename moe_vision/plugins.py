@@ -45,7 +45,7 @@ def checked_plugin(name: str, folder: Path, allowed: bool, source: str, place: s
         check_regular(path, "plug-in")
     except FileError as error:
         cause = "no such file" if error.cause == "does not exist" else error.cause
-        problem = Problem(place, str(path), cause, "give the path of a Python file, relative to the config")
+        problem = Problem(place, str(path), cause, "give its path, relative to the config, or `--plugin FILE`")
         raise ConfigError(source, [problem]) from None
     if not (allowed or within(path, resolved(folder)) or any(within(path, item) for item in trusted())):
         hint = f"if you trust it, give --allow-plugins, or add it to '{trust_file()}'"

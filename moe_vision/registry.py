@@ -23,7 +23,10 @@ class UnknownNameError(KeyError):
 
     def __init__(self, kind: str, name: str, choices: list[str]) -> None:
         self.kind, self.name, self.choices = kind, name, choices
-        super().__init__(f"unknown {kind} '{name}': {suggest(name, choices)}")
+        super().__init__(
+            f"unknown {kind} '{name}': {suggest(name, choices)}; if a plug-in registers it, run that first: "
+            "`moe-vision --plugin FILE …`, `import_plugin(FILE)` in Python"
+        )
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -58,6 +58,31 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def run_plugins_of(context: typer.Context, model: Path) -> None:
+    """Run the plug-ins that a run's resolved config names, unless `--plugin` gave files in their place.
+
+    model: a run's output, or the model folder in it. Raises ConfigError where one is missing, or needs consent.
+    """
+    run = model if (model / "config.yaml").exists() else model.parent
+    if context.find_root().params.get("plugin") or model_of(model) is None or not (run / "config.yaml").exists():
+        return
+    from moe_vision.config import read_yaml
+    from moe_vision.plugins import checked_plugin, import_plugin
+
+    values = read_yaml(run / "config.yaml").get("model")
+    named = values.get("plugins") if isinstance(values, dict) else None
+    for name in named if isinstance(named, list) else ():
+        path = checked_plugin(str(name), run, plugins_allowed(context), str(run / "config.yaml"), "model.plugins")
+        import_plugin(Path(path), str(run / "config.yaml"))
+
+
+def model_of(path: Path) -> Path | None:
+    """The model folder that training wrote at a path or in it; None where there is none."""
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    return path if path.resolve().name == "model" and (path / "config.json").is_file() else None
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_vision.cli.common import AsJson, Overwrite, app, print_json
+from moe_vision.cli.common import AsJson, Overwrite, app, print_json, run_plugins_of
 from moe_vision.files import json_text, read_json, write_text
 from moe_vision.terminal import say, terminal
 
@@ -21,6 +21,7 @@ class FaultChoice(StrEnum):
 
 @app.command("eval")
 def evaluate_command(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
     data: Annotated[Path, typer.Argument(help="LLaVA-format JSON or JSONL; `task` groups the scores.")],
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths start from.")] = None,
@@ -39,6 +40,7 @@ def evaluate_command(
     from moe_vision.evaluation import evaluate, load_on_accelerator
     from moe_vision.viz.tables import accuracy_table
 
+    run_plugins_of(context, model)
     faults: list[Fault] = []
     if on_fault is FaultChoice.skip:
         records, faults = read_records(data, image_root or data.parent, verify=True)
@@ -70,6 +72,7 @@ def note(text: str) -> None:
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A run's output, its model/ folder, or an export.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[
@@ -83,6 +86,7 @@ def generate(
     from moe_vision.evaluation import answer, load_on_accelerator
 
     images = image or []
+    run_plugins_of(context, model)
     for path in images:
         load_image(path)
     text = answer(*load_on_accelerator(model), question, images, max_new_tokens)
@@ -99,6 +103,7 @@ def generate(
 
 @app.command()
 def export(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="A run's output or its model/ folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the saved one by default.")] = None,
@@ -116,6 +121,7 @@ def export(
     """Write a Hugging Face folder that loads without this package, and prove it in a second process."""
     from moe_vision.export import export as run
 
+    run_plugins_of(context, source)
     results = None if metrics is None else read_json(metrics, "metrics")
     report = run(
         source, output, dtype=dtype, max_shard_size=max_shard_size, metrics=results, push=push, private=private,
@@ -129,12 +135,14 @@ def export(
 
 @app.command()
 def verify(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="An export, or a run's output or its model/ folder.")],
     as_json: AsJson = False,
 ) -> None:
     """Prove that a folder is whole and loads without this package, as `export` does."""
     from moe_vision.export import verify as run
 
+    run_plugins_of(context, folder)
     result = run(folder)
     if as_json:
         print_json(result)

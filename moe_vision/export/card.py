@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from moe_vision.config import read_yaml
 from moe_vision.experts import ExpertConfig
+from moe_vision.export.markdown import code, one_line, plain
+from moe_vision.files import read_json
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.cost import SLICED_SIZE
 
@@ -86,18 +87,18 @@ def model_card(
     """Write the card as Markdown with the Hub's header; metrics may be nested, training is its section's text."""
     vision = model.config.vision_config
     experts = [
-        f"| {name} | {config.type_name} | {config.variant} | {config.size[0]} × {config.size[1]} px | "
-        f"{config.spec.pretraining} | {config.spec.licence} |"
+        f"| {plain(name)} | {plain(config.type_name)} | {plain(config.variant)} | "
+        f"{config.size[0]} × {config.size[1]} px | {plain(config.spec.pretraining)} | {plain(config.spec.licence)} |"
         for name, config in vision.expert_configs().items()
     ]
     branches = [
-        f"| {name} | {described(branch['mixer'])} | {described(branch['adapter'])} |"
+        f"| {plain(name)} | {described(branch['mixer'])} | {described(branch['adapter'])} |"
         for name, branch in vision.branches.items()
     ]
     packages = needed_packages(vision.expert_configs().values())
-    plain_prompt = f'\ntext = "{processor.image_token} What is in the picture?"'
+    plain_prompt = f"\ntext = {json.dumps(processor.image_token + ' What is in the picture?')}"
     return TEMPLATE.format(
-        language=model.config.text_config.model_type,
+        language=one_line(model.config.text_config.model_type).replace("`", ""),
         width=model.config.text_config.hidden_size,
         count=len(experts),
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
@@ -123,30 +124,42 @@ UNKNOWN_TRAINING = "The folder that was exported does not say how it was trained
 
 
 def training_of(run: Path) -> str | None:
-    """Stages and data of a training's output as Markdown; None where it holds no schedule."""
-    file = run / "config.yaml"
-    if not file.is_file():
+    """Stages and data of a training's output as Markdown; None where it holds no schedule. Raises ValueError where its
+    files are not as training wrote them."""
+    file, report = run / "config.yaml", run / "data_report.json"
+    if not file.exists():
         return None
-    schedule = yaml.safe_load(file.read_text(encoding="utf-8"))
-    report = run / "data_report.json"
-    counts = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    schedule = read_yaml(file)
+    counts = read_json(report, "data report") if report.exists() else {}
+    try:
+        return training_text(schedule, counts)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"'{file}' and '{report.name}' beside it are not as a training writes them ({type(error).__name__}: "
+            f"{one_line(error)}): restore them, or move the model's folder away from them"
+        ) from error
+
+
+def training_text(schedule: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
+    """A resolved train config, and what became of its data, as Markdown."""
     rows = [
-        f"| {stage['name']} | {trained_in(stage)} | {data_name(stage['data'])} | {records_of(stage['name'], counts)} | "
-        f"{length_of(stage)} | {stage['batch_size']} |"
+        f"| {plain(stage['name'])} | {trained_in(stage)} | {data_name(stage['data'])} | "
+        f"{records_of(stage['name'], counts)} | {length_of(stage)} | {plain(stage['batch_size'])} |"
         for stage in schedule["stages"]
     ]
     language = without_folders(schedule["model"]["language_model"]["pretrained"] or "random weights")
+    seed = f"Seed {plain(schedule['seed'])}."
     header = "| stage | trains, at which rate | data | records | length | batch size |\n|---|---|---|---|---|---|"
-    return "\n".join([f"Language model before training: `{language}`. Seed {schedule['seed']}.", "", header, *rows])
+    return "\n".join([f"Language model before training: {code(language)}. {seed}", "", header, *rows])
 
 
 def trained_in(stage: Mapping[str, Any]) -> str:
     """Groups and learning rates."""
     if stage["prealign"] is not None:
         rates = {"each expert by itself": stage["prealign"]["expert"], "its projector": stage["prealign"]["projector"]}
-        return ", ".join(f"{group} {rate:g}" for group, rate in rates.items())
+        return ", ".join(f"{plain(group)} {rate:g}" for group, rate in rates.items())
     turns = [stage["train"]] if stage["train"] is not None else [turn["train"] for turn in stage["alternate"]]
-    groups = [", ".join(f"{group} {rate:g}" for group, rate in turn.items()) for turn in turns]
+    groups = [", ".join(f"{plain(group)} {rate:g}" for group, rate in turn.items()) for turn in turns]
     return "; in turn with ".join(groups) + (" (LoRA)" if stage["lora"] is not None else "")
 
 
@@ -157,8 +170,8 @@ def data_name(data: Mapping[str, Any] | None) -> str:
     if data.get("mixture") is not None:
         return ", ".join(data_name(source) for source in data["mixture"])
     if data.get("synthetic") is not None:
-        return f"generated {data['synthetic']}"
-    return f"`{without_folders(data.get('path') or data['dataset'])}`"
+        return f"generated {plain(data['synthetic'])}"
+    return code(without_folders(data.get("path") or data["dataset"]))
 
 
 def without_folders(source: str) -> str:
@@ -174,7 +187,7 @@ def records_of(stage: str, counts: Mapping[str, Any]) -> str:
 
 
 def length_of(stage: Mapping[str, Any]) -> str:
-    return f"{stage['max_steps']} steps" if stage["max_steps"] is not None else f"{stage['epochs']:g} epochs"
+    return f"{plain(stage['max_steps'])} steps" if stage["max_steps"] is not None else f"{stage['epochs']:g} epochs"
 
 
 def token_note(processor: MoeVisionProcessor) -> str:
@@ -184,17 +197,17 @@ def token_note(processor: MoeVisionProcessor) -> str:
     if policy.one_view:
         return f"{tokens} visual tokens per image"
     height, width = SLICED_SIZE
-    return f"images sliced by `{policy.type_name}`, {tokens} visual tokens for one of {height}x{width} pixels"
+    return f"images sliced by {code(policy.type_name)}, {tokens} visual tokens for one of {height}x{width} pixels"
 
 
 def described(values: Mapping[str, Any]) -> str:
     """`type` (key value, …) of a mixer or adapter."""
-    choices = ", ".join(f"{key} {value}" for key, value in values.items() if key != "type")
-    return f"`{values['type']}`" + (f" ({choices})" if choices else "")
+    choices = ", ".join(f"{plain(key)} {plain(value)}" for key, value in values.items() if key != "type")
+    return code(values["type"]) + (f" ({choices})" if choices else "")
 
 
 def results_table(metrics: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {value} |" for name, value in leaves(metrics)]
+    rows = [f"| {plain(name)} | {plain(value)} |" for name, value in leaves(metrics)]
     return "\n".join(["", "## Results", "", "| metric | value |", "|---|---|", *rows, ""]) if rows else ""
 
 
@@ -206,4 +219,4 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         else:
             fraction = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
             printed = f"{value:.4g}" if fraction else str(value)
-            yield f"{prefix}{name}", printed.replace("|", "\\|")
+            yield f"{prefix}{name}", printed

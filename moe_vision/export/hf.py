@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from safetensors.torch import save_file
 
 from moe_vision.export import selftest
 from moe_vision.export.card import model_card, training_of
+from moe_vision.export.leftovers import MARK, clear_killed_exports, locked, remove_unused, workplace
+from moe_vision.files import give_usual_modes, writing
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load, model_folder
 from moe_vision.modeling.flatten import MODULE_NAME, flatten
@@ -92,19 +93,22 @@ def export(
     if push is not None:
         check_push(push)
     source = model_folder(source)
+    clear_killed_exports(destination)
     check_destination(source, destination, overwrite)
     # Loaded in the dtype and not cast to it: a cast would round buffers that loading keeps in fp32.
     model, processor = load(source, DTYPES[dtype] if dtype is not None else None)
     code = flatten(model.config, plugins)
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    card = model_card(model, processor, metrics, training_of(source.parent) if source.name == "model" else None)
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process that was killed and had the same id
     try:
-        partial.mkdir()
-        card = model_card(model, processor, metrics, training_of(source.parent) if source.name == "model" else None)
-        write_folder(partial, model, processor, code, max_shard_size, card)
-        result = run_selftest(partial, model, processor)
-        put_in_place(partial, destination)
+        with writing("export", destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            with locked(partial):
+                (partial / MARK).touch()
+                write_folder(partial, model, processor, code, max_shard_size, card)
+                result = run_selftest(partial, model, processor)
+                put_in_place(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = tuple(sorted(str(p.relative_to(destination)) for p in destination.rglob("*") if p.is_file()))
@@ -202,6 +206,7 @@ def write_folder(
     pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
     if pickles:
         raise ExportError(f"the folder would hold pickles, {pickles}: an export has safetensors only")
+    give_usual_modes(folder)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -212,21 +217,20 @@ def run_selftest(
     folder: Path, model: MoeVisionForConditionalGeneration, processor: MoeVisionProcessor
 ) -> dict[str, Any]:
     """Load and run the folder offline in a process without moe_vision. Raises ExportError with its output."""
-    with tempfile.TemporaryDirectory(prefix="moe-vision-selftest-") as name:
-        workplace = Path(name)
-        write_fixture(workplace, model, processor)
+    with workplace() as place:
+        write_fixture(place, model, processor)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {
-            "HF_HOME": str(workplace / "home"),
-            "HF_MODULES_CACHE": str(workplace / "modules"),
+            "HF_HOME": str(place / "home"),
+            "HF_MODULES_CACHE": str(place / "modules"),
             "HF_HUB_OFFLINE": "1",
             # On the CPU as the expected logits are: another device sums in another order.
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
         child = subprocess.run(
-            [sys.executable, str(Path(selftest.__file__).resolve()), str(folder.resolve()), name],
-            cwd=workplace,
+            [sys.executable, str(Path(selftest.__file__).resolve()), str(folder.resolve()), str(place)],
+            cwd=place,
             env=environment,
             capture_output=True,
             text=True,
@@ -259,14 +263,16 @@ def write_fixture(folder: Path, model: MoeVisionForConditionalGeneration, proces
 
 def put_in_place(partial: Path, destination: Path) -> None:
     """Rename a finished folder to its place; an older one there moves aside first and is removed last."""
+    (partial / MARK).unlink()
     if not destination.exists():
         partial.rename(destination)
         return
     aside = destination.parent / f".{destination.name}.replaced-{os.getpid()}"
-    destination.rename(aside)
-    try:
-        partial.rename(destination)
-    except OSError:
-        aside.rename(destination)
-        raise
-    shutil.rmtree(aside)
+    with locked(destination):
+        destination.rename(aside)
+        try:
+            partial.rename(destination)
+        except OSError:
+            aside.rename(destination)
+            raise
+    remove_unused(aside)

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from moe_vision.experts.weight_values import WeightsError
 from moe_vision.experts.weights import load_expert_weights, located
+from moe_vision.files import give_usual_modes
 from moe_vision.modeling import (
     MoeVisionConfig,
     MoeVisionForConditionalGeneration,
@@ -245,6 +246,7 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=weights)
     processor.save_pretrained(temporary)
+    give_usual_modes(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -26,6 +26,8 @@ ROOTS = tuple(
 ALLOWED = frozenset({"torch", "torchvision", "transformers", "PIL", "numpy"}) | sys.stdlib_module_names
 IMPORT_LINE = re.compile(r"\s*(from\s+\.|from\s+\S+\s+import\b|import\s+\S+\s*$)")
 LINE_LENGTH = 110
+PLUGIN_NAME = re.compile(r"[\w .-]+")
+LINE_END = re.compile(r"\r\n|\r|\n")
 
 FOOTER = '''
 def announce() -> None:
@@ -125,7 +127,9 @@ def collect_plugin(path: Path, sources: dict[str, Source]) -> None:
     """Add a file from outside the package, labelled by its bare name so that the build repeats elsewhere."""
     if not path.is_file():
         raise FlattenError(f"plug-in '{path}' is no file: give the path of a Python file")
-    source = read(path.stem, f"plug-in {path.name}", path.read_text(encoding="utf-8"))
+    if not PLUGIN_NAME.fullmatch(path.name):  # it becomes a comment of the generated code
+        raise FlattenError(f"plug-in {str(path)!r}: rename it with letters, digits, spaces, _, - and . only")
+    source = read(path.stem, f"plug-in {path.name}", path.read_text(encoding="utf-8-sig"))
     for needed in source.needs:
         collect(needed, sources, ())
     if source.label in sources:
@@ -143,10 +147,13 @@ def module_path(module: str) -> Path:
 def read(name: str, label: str, text: str) -> Source:
     """Parse one module and take out the imports that move to the top of the file or resolve inside it."""
     source = Source(name, label, text)
-    tree = ast.parse(text, filename=label)
+    try:
+        tree = ast.parse(text, filename=label)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise FlattenError(f"{label} is no Python that can be read ({error}): fix it") from error
     check_imports(tree, label)
     check_strings(tree, label)
-    lines = text.splitlines()
+    lines = LINE_END.split(text)  # as Python counts lines; `splitlines` also splits at form feeds
     for node in reversed(tree.body):
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             source.defines |= bound_names(node)

@@ -25,6 +25,7 @@ from torch import nn
 
 from moe_vision.data.synthetic.scene import CELLS_PER_SIDE
 from moe_vision.experts import EXPERTS, Expert
+from moe_vision.files import give_usual_modes
 from moe_vision.recipes.distillation import Agglomeration, SelfDistillation
 from moe_vision.recipes.pictures import FIELDS, IGNORED, Pictures, pooled_cells
 from moe_vision.recipes.symbols import OFFSETS
@@ -150,6 +151,7 @@ def pretrain(
         _, metrics = objective(expert, held_out, rows)
     output.mkdir(parents=True, exist_ok=True)
     save_file({key: value.half() for key, value in expert.state_dict().items()}, output / f"{name}.safetensors")
+    give_usual_modes(output / f"{name}.safetensors")
     return {
         "seed": seed,
         "steps": steps,

@@ -93,7 +93,8 @@ def trained(schedule: TrainConfig, folder: Path, job: Job) -> None:
     ways = packaged_config("accelerate/ddp.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ways)]
     command += ["--num_processes", str(job.processes), "--main_process_port", "0"]
-    command += ["-m", "moe_vision", "train", str(config), "--output", str(folder)]
+    # What the plug-ins of this config may do was decided when it was read.
+    command += ["-m", "moe_vision", "--allow-plugins", "train", str(config), "--output", str(folder)]
     if job.features is not None:
         command += ["--features", job.features[0], "--features-gb", str(job.features[1])]
     log = folder.with_name(f"{folder.name}.launch.log")

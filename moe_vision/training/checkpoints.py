@@ -10,6 +10,8 @@ from pathlib import Path
 import xxhash
 from safetensors import SafetensorError
 
+from moe_vision.files import give_usual_modes
+
 TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "inline_container", "file write failed", "unexpected pos")
 """What torch's RuntimeErrors say when a file could not be written; it raises no OSError then."""
 
@@ -62,6 +64,7 @@ def put_in_place(made: Path, target: Path) -> None:
     if target.is_dir():
         shutil.rmtree(made)
         return
+    give_usual_modes(made)
     sync_tree(made)
     made.rename(target)
     sync(target.parent)

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from moe_vision.files import give_usual_modes
 from moe_vision.training.checkpoints import remove_leftovers, sync, write_atomically, writing
 from moe_vision.training.features import FeatureCache, Maps
 
@@ -197,6 +198,7 @@ class StoredMaps(Maps):
         with writing("the feature store", self.folder):
             save_file({"maps": maps}, temporary, metadata={"pictures": json.dumps(listed)})
             sync(temporary)
+            give_usual_modes(temporary)
             temporary.replace(file)
             sync(self.folder)
         # From here on the pictures' maps are those of the file, which the system may drop from memory and read again.

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from moe_vision.config import validate
 from moe_vision.experts import Expert
 from moe_vision.experts.weights import load_expert_weights
+from moe_vision.files import give_usual_modes
 from moe_vision.modeling import MoeVisionForConditionalGeneration
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.modeling.model_files import reading
@@ -88,6 +89,7 @@ def save_expert(
     temporary = path.with_name(f".{path.name}.partial")
     with writing(f"expert '{name}'", path.parent):
         save_file(state, temporary, metadata={"format": "pt", "aligned_by": digest, "xxh3": digest_of(state)})
+        give_usual_modes(temporary)
         sync(temporary)
         temporary.replace(path)
 

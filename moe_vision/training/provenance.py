@@ -4,7 +4,6 @@ import datetime
 import json
 import platform
 import re
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 
 from moe_vision import __version__
+from moe_vision.files import read_json
 from moe_vision.training.checkpoints import write_atomically
+from moe_vision.training.git_commit import commit_of
 
 DISTRIBUTION = "moe-vision"
 
@@ -32,19 +33,6 @@ def packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """commit, and dirty: whether a tracked file differs from it; None outside a repository or without git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
 
 
 def device() -> dict[str, Any]:
@@ -67,12 +55,12 @@ def environment(folder: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "command": sys.argv,
         "packages": packages(),
-        "git": git_state(folder),
+        "git": None if (commit := commit_of(folder)) is None else {"commit": commit},
         "device": device(),
     }
 
 
 def record_environment(path: Path) -> None:
     """Add this process to a JSON list: a run that was resumed may have seen several environments."""
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    starts = read_json(path, "list of environments", list) if path.exists() else []
     write_atomically(path, json.dumps([*starts, environment(Path.cwd())], indent=1))

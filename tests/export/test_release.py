@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moe_vision.config import import_plugin
 from moe_vision.export import ExportError, FlattenError, export, hf
-from moe_vision.export.card import leaves, training_of
+from moe_vision.export.card import leaves, results_table, training_of
 from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.compose import save
 from moe_vision.training.runner import train
@@ -136,7 +136,8 @@ def test_options_that_say_nothing_are_refused(
 
 def test_a_card_holds_every_number(tiny: Exported) -> None:
     metrics = {"a": np.float32(1 / 3), "b": {"c": "x|y", "e": None}, "n": np.int64(12345)}
-    assert list(leaves(metrics)) == [("a", "0.3333"), ("b.c", r"x\|y"), ("b.e", "None"), ("n", "12345")]
+    assert list(leaves(metrics)) == [("a", "0.3333"), ("b.c", "x|y"), ("b.e", "None"), ("n", "12345")]
+    assert r"| b.c | x\|y |" in results_table(metrics)
 
 
 def test_an_export_names_no_folder_of_this_machine(micro: Exported) -> None:

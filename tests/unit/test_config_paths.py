@@ -1,5 +1,7 @@
 """Relative paths start at the file that holds them, through bases, models and overrides; plug-ins need consent."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,15 @@ import yaml
 
 from moe_vision import plugins
 from moe_vision.comparison import CompareConfig
-from moe_vision.config import ConfigError, load_config
-from moe_vision.modeling.compose import compose
+from moe_vision.config import ConfigError, import_plugin, load_config
+from moe_vision.experts import EXPERTS
+from moe_vision.modeling.compose import compose, save
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.search.config import SearchConfig
 from moe_vision.training.loading import load_schedule
 from moe_vision.training.schedule import TrainConfig
-from tests.tiny import tiny_values
+from tests.tiny import tiny_model, tiny_values
+from tests.unit.test_cli import run
 from tests.unit.toy import model_values
 
 CASE = Path(__file__).parents[1] / "cases/plugin_of_base"
@@ -173,3 +177,49 @@ def test_a_plugin_below_its_config_runs(tmp_path: Path, ran: Path) -> None:
 def test_plugins_of_a_wrong_type_are_named(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ConfigError, match="plugins"):
         load_config(ModelConfig, write(tmp_path / "model.yaml", {**tiny_values(), "plugins": value}))
+
+
+MODEL_PLUGIN = """
+from dataclasses import dataclass
+from moe_vision.experts import EXPERTS, ClipConfig
+
+@EXPERTS.register("{name}")
+@dataclass(frozen=True, kw_only=True)
+class MyClip(ClipConfig):
+    pass
+"""
+
+
+@pytest.mark.parametrize("command", ["verify", "generate", "eval", "export"])
+def test_commands_on_a_model_find_its_plugins_or_name_the_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    name = f"plugin_of_a_run_{command}"
+    plugin = tmp_path / "code" / f"{name}.py"
+    plugin.parent.mkdir()
+    plugin.write_text(MODEL_PLUGIN.format(name=name))
+    import_plugin(plugin)
+    model, processor = tiny_model({"mine": {"type": name, "variant": "micro", "pretrained": None}})
+    save(model, processor, tmp_path / "run/model")
+    write(tmp_path / "run/config.yaml", {"model": {"plugins": [str(plugin)]}, "stages": []})
+    del EXPERTS._classes[name]  # as in a new process
+    for module in [key for key in sys.modules if name in key]:
+        del sys.modules[module]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "read label"},
+                                                              {"from": "gpt", "value": "1"}]}]))  # fmt: skip
+    last = {"verify": [], "generate": ["read label"], "eval": [data], "export": ["-o", tmp_path / "out"]}[command]
+    (tmp_path / "alone").symlink_to(tmp_path / "run/model")
+    code, _, err = run(monkeypatch, capsys, command, tmp_path / "alone", *last)
+    assert code == 2 and f"unknown expert '{name}'" in err and "`moe-vision --plugin FILE …`" in err
+    code, _, err = run(monkeypatch, capsys, command, tmp_path / "run", *last)
+    assert code == 2 and "run/config.yaml" in err and "--allow-plugins" in err and name not in EXPERTS
+    if command in ("generate", "eval"):  # the others load it in a second process: tests/export/test_release.py
+        code, _, err = run(monkeypatch, capsys, "--allow-plugins", command, tmp_path / "run/model", *last)
+        assert code == 0 and name in EXPERTS, err
+    plugin.rename(tmp_path / "moved.py")
+    for module in [key for key in sys.modules if name in key]:
+        del sys.modules[module]
+    code, _, err = run(monkeypatch, capsys, "--allow-plugins", command, tmp_path / "run", *last)
+    assert code == 2 and "no such file" in err and "--plugin FILE" in err

@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 
 from moe_vision import cli
 from moe_vision.config import ConfigError
-from moe_vision.training import checkpoints, provenance, reporting, runner
+from moe_vision.training import checkpoints, reporting, runner
 from moe_vision.training.callbacks import ScheduleSteps
 from moe_vision.training.checkpoints import WriteError, write_atomically, writing
 from moe_vision.training.curves import curves
@@ -212,12 +212,6 @@ def test_time_left_is_of_the_schedule(tmp_path: Path) -> None:
         console=Console(file=Lines(), width=200),  # type: ignore[arg-type]
     )
     assert "about 0 s left" in "".join(lines) and threading.active_count() < 10
-
-
-def test_git_state_of_a_folder(tmp_path: Path) -> None:
-    assert provenance.git_state(tmp_path) is None
-    state = provenance.git_state(Path(__file__).parent)
-    assert state is None or len(state["commit"]) == 40
 
 
 def test_the_command_line_tells_of_a_preemption(

@@ -1,5 +1,6 @@
 """Every chat template prints texts and images once and in order, and exactly the answers are learnt."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from moe_vision.config import load_config
 from moe_vision.data.chat import IGNORED, message, render, tokenise
 from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import Record, Turn
 from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.chat_rendering import end_of_turn_ids, render_chat
 from moe_vision.modeling.chat_template import usable_template
+from moe_vision.modeling.compose import chat_template_of
+from moe_vision.modeling.model_config import ModelConfig, packaged_config
+from moe_vision.modeling.turns import question_mask, turns_of
 from tests.language_tokenizers import KINDS, OURS, TRL, marks, small_tokenizer
 from tests.tiny import tiny_model
 
@@ -84,6 +89,17 @@ def check(processor: Any, spoken: tuple[Turn, ...]) -> None:
         assert ids_of(processor, prompt, seen) == made.input_ids[:start]
 
 
+def check_questions(processor: MoeVisionProcessor) -> None:
+    """A selector finds the questions in a conversation with an image."""
+    tokenizer = processor.tokenizer
+    markers = turns_of(tokenizer, processor.chat_template)
+    spoken = turns("<image>what is it", "a cat", "which colour")
+    text = render(processor, [message(turn) for turn in spoken], generation=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    found = tokenizer.decode(ids[0][question_mask(ids, markers)[0]])
+    assert "".join(found.split()) == "<image>whatisitwhichcolour"
+
+
 def check_texts(name: str, processor: MoeVisionProcessor) -> None:
     """A wrapped template prints conversations without images as the published one does, which gets lists of parts where
     it takes nothing else. Gemma's first takes no system turn.
@@ -105,6 +121,7 @@ def test_answers_are_learnt_after_their_prompts(name: str, kind: str) -> None:
     processor = processor_of(name, kind)
     for spoken in CONVERSATIONS.values():
         check(processor, spoken)
+    check_questions(processor)
     if name in TRL:
         check_texts(name, processor)
 
@@ -169,3 +186,18 @@ def test_templates_do_without_a_beginning_token() -> None:
         usable = usable_template(tokenizer, template, name)
         text = render_chat(tokenizer, usable, [{"role": "user", "content": "hello"}], generation=True)
         assert "hello" in text and "<s>" not in text and "None" not in text
+
+
+def test_presets_take_the_template_of_their_language_model() -> None:
+    """eagle-x5-small, which search/eagle builds on, has Qwen 2.5's own; the tokenizer may hold several by name."""
+    config = load_config(ModelConfig, packaged_config("model/eagle-x5-small.yaml"))
+    tokenizer = copy.deepcopy(small_tokenizer("byte_level", marks(TRL["qwen2_5"]), False))
+    tokenizer.chat_template = {"default": TRL["qwen2_5"], "tool_use": "{{ nothing }}"}
+    images: Any = tiny_model(("clip",))[1].image_processor
+    processor = MoeVisionProcessor(images, tokenizer, chat_template_of(config, tokenizer))
+    text = render(processor, [message(turn) for turn in CONVERSATIONS["image in a later turn"]])
+    assert text == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nis it a dog<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\ncat<|im_end|>\n"
+    )

@@ -43,14 +43,15 @@ def test_pipelines_say_what_generate_says(exported: Exported, tmp_path: Path) ->
 
 
 @contextmanager
-def server(folder: Path, home: Path, seconds: float = 300) -> Iterator[str]:
-    """Address of `transformers serve`, once it answers; killed at the end in any case."""
+def server(folder: Path | None, home: Path, seconds: float = 300) -> Iterator[str]:
+    """Address of `transformers serve`, once it answers; killed at the end in any case. Without a folder it loads the
+    one that a request names."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     options = ("--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", port)
-    command = isolated_command("transformers_command", "serve", folder, *options)
+    command = isolated_command("transformers_command", "serve", *([] if folder is None else [folder]), *options)
     home.mkdir(parents=True)
     with open(home / "log", "w") as log:
         process = subprocess.Popen(

@@ -26,10 +26,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """Path of a file in a local folder or a Hub repository; None if there is no such file."""
+    """Path of a file in a local folder or a Hub repository; None if there is no such file, or none in the cache where
+    the Hub cannot be reached."""
     if Path(source).is_dir():
         return path if (path := Path(source) / name).is_file() else None
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
     return None if found is None else Path(found)
 
 

@@ -224,14 +224,17 @@ def training_row(what: str, config: ModelConfig, train: dict[str, float], batch:
     )
 
 
-def answering_rows(what: str, config: ModelConfig, timer: Timer, peak: float, dtype: torch.dtype) -> list[Row]:
-    """Image to visual tokens, time to the first token, and each further token, for one image."""
+def answering_rows(
+    what: str, config: ModelConfig, timer: Timer, peak: float, dtype: torch.dtype, largest: int
+) -> list[Row]:
+    """Image to visual tokens, time to the first token, and each further token, for one image. largest: images of
+    the larger batch of the first."""
     table = cost(config, text_tokens=TEXT_TOKENS)
     model: Any = fused_model(config, timer.device, dtype).eval()
     side = max(max(expert.size) for expert in config.experts.values())
     rows = []
     vision = sum(part.flops for part in table.parts if part.part != "language_model")
-    for batch in (1, 8):
+    for batch in dict.fromkeys((1, largest)):
         views = torch.rand(batch, 3, side, side, device=timer.device, dtype=dtype)
         with torch.inference_mode():
             seconds, memory = timer(lambda views=views: model.get_image_features(views))  # type: ignore[misc]
@@ -257,6 +260,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--batch", type=int, default=16, help="images of the towers' rows")
+    parser.add_argument("--largest", type=int, default=8, help="images of the largest batch of the other rows")
+    parser.add_argument(
+        "--models", nargs="+", choices=["0.5", "7"], default=["0.5", "7"], help="billions of parameters"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--compile", default="clip", help="experts that torch.compile runs too; ConvNeXt takes minutes")
     parser.add_argument("--tiny", action="store_true", help="miniature layers, to see that everything runs")
@@ -266,21 +273,20 @@ def main() -> None:
     timer, dtype = Timer(accelerator(), arguments.repeats), torch.bfloat16
     name = torch.cuda.get_device_name() if timer.on_gpu else f"CPU, {torch.get_num_threads()} threads"
     peak = timer.peak(dtype)
-    x5, small = (random_config(preset, arguments.tiny) for preset in ("eagle-x5", "eagle-x5-small"))
+    presets = {"0.5": "eagle-x5-small", "7": "eagle-x5"}
+    models = {size: random_config(presets[size], arguments.tiny) for size in arguments.models}
     rows: list[Row] = []
     parts = arguments.parts.split(",")
     if "towers" in parts:
-        rows += tower_rows(x5, arguments, dtype, timer, peak)
-    if "answer" in parts:
-        rows += answering_rows("X5, 0.5 B", small, timer, peak, dtype)
+        rows += tower_rows(random_config("eagle-x5", arguments.tiny), arguments, dtype, timer, peak)
+    for size, config in models.items() if "answer" in parts else ():
+        rows += answering_rows(f"X5, {size} B", config, timer, peak, dtype, arguments.largest)
         free(timer)
-        rows += answering_rows("X5, 7 B", x5, timer, peak, dtype)
+    trained = {"0.5": ({"adapters": 1e-3, "language_model": 2e-5}, 8), "7": ({"adapters": 1e-3}, 4)}
+    for size, config in models.items() if "train" in parts else ():
+        rates, batch = trained[size]
+        rows.append(training_row(f"X5, {size} B", config, rates, min(batch, arguments.largest), timer, peak))
         free(timer)
-    if "train" in parts:
-        rates = {"adapters": 1e-3}
-        rows.append(training_row("X5, 0.5 B", small, {**rates, "language_model": 2e-5}, 8, timer, peak))
-        free(timer)
-        rows.append(training_row("X5, 7 B", x5, rates, 4, timer, peak))
     after = timer.peak(dtype)
     report = {"device": name, "torch": torch.__version__, "tiny": arguments.tiny,
               "peak_tflops": [peak / 1e12, after / 1e12], "rows": [asdict(row) for row in rows]}  # fmt: skip

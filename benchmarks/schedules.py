@@ -68,6 +68,18 @@ WAYS: dict[str, Callable[[], Values]] = {
 }
 
 
+def shortened(values: Values, scenes: int | None, max_steps: int | None) -> Values:
+    """The same with so many drawn images and so many steps of each stage; as the preset says where None."""
+    stages = []
+    for stage in values["stages"]:
+        if scenes is not None:
+            stage = {**stage, "data": {**stage["data"], "scenes": scenes}}
+        if max_steps is not None:
+            stage = {**stage, "epochs": None, "max_steps": max_steps}
+        stages.append(stage)
+    return {**values, "stages": stages}
+
+
 def run(values: Values, seed: int, folder: Path, drawn: Path, cache: FeatureCache) -> dict[str, Any]:
     """Train one way from one seed, and score it."""
     config = TrainConfig.model_validate({**values, "seed": seed})
@@ -86,6 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--scenes", type=int, help="drawn images to train on; as the preset says by default")
+    parser.add_argument("--max-steps", type=int, help="of each stage in place of its epochs, to see that it runs")
     parser.add_argument("--test-scenes", type=int, default=100)
     parser.add_argument("--split", choices=["val", "test"], default="test")
     parser.add_argument("--json", type=Path)
@@ -98,7 +112,8 @@ def main() -> None:
         questions.replace(folder / "test_questions.json")
         for seed in arguments.seeds:
             for number, way in enumerate(arguments.ways):
-                result = run(WAYS[way](), seed, folder / f"{number}-{seed}", folder, cache)
+                values = shortened(WAYS[way](), arguments.scenes, arguments.max_steps)
+                result = run(values, seed, folder / f"{number}-{seed}", folder, cache)
                 results[way][seed] = result
                 print(f"seed {seed} {way}: {result['average']:.3f} ({result['seconds']:.0f} s)", flush=True)
                 if arguments.json is not None:

@@ -77,7 +77,9 @@ def random_values(config: SearchConfig, scenes: int) -> dict[str, Any]:
     """A config's values with random weights and generated pictures."""
     model = model_config(config).to_plain()
     experts = {name: {**values, "pretrained": None} for name, values in model["experts"].items()}
-    language = {**model["language_model"], "pretrained": None, "tokenizer": "moe_vision:micro/language_model"}
+    language = {**model["language_model"], "tokenizer": "moe_vision:micro/language_model"}
+    if language["architecture"] is not None:
+        language["pretrained"] = None
     drawn = {"synthetic": "questions", "scenes": scenes}
     values = config.model_dump(mode="json")
     stages = [{**stage, "data": drawn} for stage in values["stages"]]

@@ -112,6 +112,7 @@ class Fusion:
         for start in range(0, len(records), 96):
             chunk = records[start : start + 96]
             batch = self.batch(chunk)
+            del batch["logits_to_keep"]  # each answer is compared at its own positions
             labels = batch["labels"][:, 1:]
             said = self.model(**batch).logits[:, :-1].argmax(-1)
             for record, answer, found in zip(chunk, labels, said, strict=True):

@@ -186,7 +186,7 @@ def main(
 ) -> None:
     """Time LLaVA-UHD's vision path side by side."""
     torch.manual_seed(0)
-    meter, kind = Meter(torch.device(device)), getattr(torch, dtype)
+    meter, kind = Meter(torch.device(device), tiny), getattr(torch, dtype)
     batch = [parse_size(text) for text in sizes.split(",")]
     config = composition(queries, width if not tiny else 64, tiny)
     tables = [cost(config, size, text_tokens=0) for size in batch]

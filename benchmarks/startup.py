@@ -1,9 +1,10 @@
 """Start-up times: importing the package, `--help`, and `show` on the micro and the Eagle-X5 config.
 
-Each command runs in a process of its own, three times; the median counts. `import torch` in the same run says
+Each command runs in a process of its own, `--rounds` times; the median counts. `import torch` in the same run says
 what the machine itself takes. Run: python benchmarks/startup.py
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,14 @@ def seconds(arguments: list[str]) -> float:
 
 
 def main() -> None:
-    times = {name: statistics.median(seconds(arguments) for _ in range(3)) for name, arguments in COMMANDS.items()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="of each command; the median counts")
+    parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS), help="these commands")
+    options = parser.parse_args()
+    times = {
+        name: statistics.median(seconds(COMMANDS[name]) for _ in range(options.rounds))
+        for name in dict.fromkeys(["import torch", *options.only])
+    }
     reference = times["import torch"]
     print(f"{'command':48} {'seconds':>8} {'of import torch':>16}")
     for name, value in times.items():

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,6 @@ from moe_vision.training.schedule import TrainConfig
 
 RATES = {"adapters": 1e-3, "language_model": 3e-4}
 BATCH = 16
-WARM = 10
-"""Pairs of steps that are not counted."""
 
 
 class Relay(TrainerCallback):
@@ -59,12 +58,10 @@ class Relay(TrainerCallback):
         self.seconds: dict[int, list[float]] = {}
         self.waiting: list[int] = []
         self.started = 0.0
+        self.ended = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.leave()
 
     def step(self) -> None:
         """A step of this thread has ended: let the other one take its own, and wait for it."""
@@ -77,12 +74,13 @@ class Relay(TrainerCallback):
                 self.seconds[me].append(now - self.started)
                 self.waiting.append(self.waiting.pop(0))
             self.condition.notify_all()
-            self.condition.wait_for(lambda: len(self.seconds) == 2 and self.waiting[0] == me)
+            self.condition.wait_for(lambda: self.ended or (len(self.seconds) == 2 and self.waiting[0] == me))
             self.started = time.perf_counter()
 
     def leave(self) -> None:
+        """This thread takes no more steps, whether it is done or has failed: nobody waits for it."""
         with self.condition:
-            self.waiting.remove(threading.get_ident())
+            self.ended = True
             self.condition.notify_all()
 
 
@@ -96,17 +94,30 @@ def timed_by(relay: Relay) -> Iterator[None]:
         trainer.DEFAULT_CALLBACKS.remove(relay)  # type: ignore[arg-type]
 
 
-def side_by_side(mine: Callable[[], None], theirs: Callable[[Relay], None]) -> tuple[list[float], list[float]]:
-    """Seconds of each step of both, from the same pairs of steps. mine runs in this thread, where signals belong."""
+def side_by_side(
+    mine: Callable[[], None], theirs: Callable[[Relay], None], warm: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of each step of both, from the same pairs of steps without the first `warm`. mine runs in this thread,
+    where signals belong. Raises what either raises."""
     relay = Relay()
-    with timed_by(relay):
-        other = threading.Thread(target=theirs, args=(relay,))
-        other.start()
-        mine()
-        other.join()
-    a, b = relay.seconds.pop(threading.get_ident()), next(iter(relay.seconds.values()))
+
+    def other() -> int:
+        try:
+            theirs(relay)
+        finally:
+            relay.leave()
+        return threading.get_ident()
+
+    with timed_by(relay), ThreadPoolExecutor(1) as pool:
+        future = pool.submit(other)
+        try:
+            mine()
+        finally:
+            relay.leave()
+        b = relay.seconds[future.result()]
+    a = relay.seconds[threading.get_ident()]
     count = min(len(a), len(b))
-    return a[WARM:count], b[WARM:count]
+    return a[warm:count], b[warm:count]
 
 
 def said(mine: list[float], theirs: list[float]) -> str:
@@ -151,7 +162,6 @@ def loop_steps(data: Path, steps: int, relay: Relay) -> None:
             taken += 1
             if taken == steps:
                 break
-    relay.leave()
 
 
 def clip_alone() -> dict[str, Any]:
@@ -164,14 +174,15 @@ def clip_alone() -> dict[str, Any]:
 
 
 class LlavaCollator:
-    """Our batches as LLaVA takes them: views normalised, nothing beside them."""
+    """Our batches as LLaVA takes them: views normalised, nothing beside them. It makes logits at every position, since
+    its loss knows no `logits_to_keep`."""
 
     def __init__(self, model: MoeVisionForConditionalGeneration, pad_token_id: int) -> None:
         self.collator, self.expert = Collator(pad_token_id), model.model.vision_tower.experts["clip"]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(items)
-        batch.pop("image_sizes")
+        del batch["image_sizes"], batch["logits_to_keep"]
         batch["pixel_values"] = self.expert.pixels(batch["pixel_values"])
         return batch
 
@@ -217,21 +228,28 @@ def loader_speed(folder: Path, pictures: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="of each way")
-    parser.add_argument("--pictures", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=10, help="pairs of steps that are not counted")
+    parser.add_argument("--scenes", type=int, default=640, help="drawn images of the data")
+    parser.add_argument("--pictures", type=int, default=20, help="JPEGs of the loader's part")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    if arguments.steps < arguments.warm + 3:
+        parser.error(f"--steps {arguments.steps}: give {arguments.warm + 3} or more, for two pairs after --warm")
     torch.set_num_threads(arguments.threads)
     steps, micro = arguments.steps, str(packaged_config("model/micro.yaml"))
     sizes: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = write_split(folder, "train", 640)["questions"]
+        data = write_split(folder, "train", arguments.scenes)["questions"]
         ours, loop = side_by_side(
-            lambda: trainer_steps(data, folder / "run", steps, micro), lambda relay: loop_steps(data, steps, relay)
+            lambda: trainer_steps(data, folder / "run", steps, micro),
+            lambda relay: loop_steps(data, steps, relay),
+            arguments.warm,
         )
         alone, llava = side_by_side(
             lambda: trainer_steps(data, folder / "alone", steps, clip_alone()),
             lambda relay: sizes.append(llava_steps(data, folder / "llava", steps)),
+            arguments.warm,
         )
         speed = loader_speed(folder, arguments.pictures)
     (tokens, parameters), rate = sizes[0], lambda seconds: f"{1 / statistics.median(seconds):.2f} steps/s"

@@ -15,6 +15,7 @@ from moe_vision.experts import EXPERTS
 from moe_vision.experts.weights import load_expert_weights
 from moe_vision.modeling.compose import compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.training.prealign import digest_of, load_aligned, save_expert
 from tests.sliced import COMPOSITIONS
 from tests.tiny import tiny_model, tiny_values
 from tests.unit.test_generation_defaults import language_model
@@ -189,6 +190,21 @@ def test_weights_of_a_model_folder(tensor: str, kind: str, folder: Path) -> None
     change_file(folder / "model.safetensors", tensor, change)
     with pytest.raises(ValueError, match=rf"model\.safetensors': {tensor} ({problem})"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", list(UNUSABLE))
+def test_weights_of_an_aligned_expert(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(("clip",))[0]
+    path = tmp_path / "clip.safetensors"
+    save_expert(model, "clip", path, "digest")
+    change, problem = UNUSABLE[kind]
+    weights = load_file(path)
+    (key,) = (key for key in weights if key.endswith("layers.1.mlp.fc1.weight"))
+    changed = weights | {key: change(weights[key]).contiguous()}
+    metadata = {"format": "pt", "aligned_by": "digest", "xxh3": digest_of(changed)}  # as if training had written them
+    save_file(changed, path, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"clip\.safetensors': {key} ({problem})"):
+        load_aligned(model, "clip", path, "digest")
 
 
 @pytest.mark.parametrize("name", list(COMPOSITIONS))

@@ -20,20 +20,21 @@ from filelock import FileLock, Timeout
 
 from moe_vision.search.methods import SearchError
 
-FORMAT = 1
+FORMAT = 2
+"""1 had no digest of results. Such a journal is brought to 2 when it is opened."""
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     key TEXT PRIMARY KEY, kind TEXT NOT NULL, experts TEXT NOT NULL, seed INTEGER NOT NULL, length REAL NOT NULL,
     config TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('queued', 'running', 'done', 'failed')),
     "right" BLOB, value REAL, error TEXT, seconds TEXT, host TEXT, attempts INTEGER NOT NULL DEFAULT 0,
-    started REAL, ended REAL
+    started REAL, ended REAL, digest TEXT
 )
 """
 
 COLUMNS = (
     "key", "kind", "experts", "seed", "length", "config", "status", "right", "value", "error", "seconds", "host",
-    "attempts", "started", "ended",
+    "attempts", "started", "ended", "digest",
 )  # fmt: skip
 
 STATUSES = ("queued", "running", "done", "failed")
@@ -72,8 +73,7 @@ class Journal:
         try:
             self.check_file()
             self.execute("PRAGMA synchronous = FULL")
-            self.execute(f"PRAGMA user_version = {FORMAT}")
-            self.execute(TABLE)
+            self.begin_format()
             self.check_rows()
         except BaseException:
             self.close()
@@ -96,35 +96,56 @@ class Journal:
         except sqlite3.Error as error:
             raise self.fault(error) from error
 
+    def begin_format(self) -> None:
+        """Make a new file a journal, and bring one of format 1 to this one."""
+        self.execute("BEGIN IMMEDIATE")  # whoever raises closes the file, which undoes it
+        if "jobs" in self.tables() and self.format() == 1:
+            self.execute("ALTER TABLE jobs ADD COLUMN digest TEXT")
+            for key, status, right, error in self.rows(
+                "SELECT key, status, \"right\", error FROM jobs WHERE status IN ('done', 'failed')"
+            ):
+                self.execute("UPDATE jobs SET digest = ? WHERE key = ?", (digest(key, status, right, error), key))
+        self.execute(TABLE)
+        self.execute(f"PRAGMA user_version = {FORMAT}")
+        self.execute("COMMIT")
+
+    def format(self) -> int:
+        ((found,),) = self.rows("PRAGMA user_version")
+        return int(found)
+
+    def tables(self) -> list[str]:
+        return [name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")]
+
     def check_file(self) -> None:
         """Raise SearchError if the file is damaged, of another format, or no journal."""
-        ((found,),) = self.rows("PRAGMA user_version")
-        tables = [name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        found, tables = self.format(), self.tables()
         if found > FORMAT:
             raise SearchError(f"journal '{self.path}' has format {found}, of a newer moe-vision; this version reads "
                               f"{FORMAT}: update moe-vision, or choose another --output")  # fmt: skip
         if tables and "jobs" not in tables:
             raise SearchError(f"'{self.path}' is a SQLite file with the tables {', '.join(sorted(tables)[:4])}, and no "
                               "journal of a search: move it away, or choose another --output")  # fmt: skip
-        if tables and found < FORMAT:
+        if tables and found < 1:
             raise SearchError(f"journal '{self.path}' has format {found}, of an older moe-vision; this version reads "
                               f"{FORMAT}: continue with the version that wrote it, or choose another --output, where "
                               "every trial is trained again")  # fmt: skip
-        ((verdict,),) = self.rows("PRAGMA quick_check(1)")
+        ((verdict,),) = self.rows("PRAGMA integrity_check(1)")
         if verdict != "ok":
             raise self.damaged(verdict)
         columns = [name for _, name, *_ in self.rows("PRAGMA table_info(jobs)")]
-        if tables and sorted(columns) != sorted(COLUMNS):
+        expected = COLUMNS if found == FORMAT else COLUMNS[:-1]
+        if tables and sorted(columns) != sorted(expected):
             raise self.damaged(f"its table jobs has the columns {', '.join(columns)}")
 
     def check_rows(self) -> None:
         """Raise SearchError if a row is not what a search has written."""
-        for key, config, status, right, seconds in self.rows(
-            'SELECT key, config, status, "right", seconds FROM jobs ORDER BY key'
+        for key, config, status, right, error, seconds, own in self.rows(
+            'SELECT key, config, status, "right", error, seconds, digest FROM jobs ORDER BY key'
         ):
             try:
-                whole = hashlib.sha256(config.encode()).hexdigest() == key
-                whole &= status in STATUSES and (status != "done" or set(right) <= {0, 1})
+                whole = hashlib.sha256(config.encode()).hexdigest() == key and status in STATUSES
+                whole &= own == (digest(key, status, right, error) if status in ("done", "failed") else None)
+                whole &= status != "done" or set(right) <= {0, 1}
                 whole &= isinstance(json.loads(seconds or "{}"), dict)
             except (ValueError, TypeError, AttributeError):
                 whole = False
@@ -158,7 +179,9 @@ class Journal:
 
     def forget_failures(self) -> int:
         """Queue what failed, to be tried again."""
-        return self.execute("UPDATE jobs SET status = 'queued', error = NULL WHERE status = 'failed'").rowcount
+        return self.execute(
+            "UPDATE jobs SET status = 'queued', error = NULL, digest = NULL WHERE status = 'failed'"
+        ).rowcount
 
     def ended(self, key: str) -> Row | None:
         """What came of a job, if it has ended."""
@@ -175,19 +198,33 @@ class Journal:
         self.execute(
             "INSERT INTO jobs (key, kind, experts, seed, length, config, status, attempts, started, host) "
             "VALUES (?, ?, ?, ?, ?, ?, 'running', 1, ?, ?) ON CONFLICT (key) DO UPDATE SET status = 'running', "
-            "attempts = attempts + 1, started = excluded.started, host = excluded.host",
+            "digest = NULL, attempts = attempts + 1, started = excluded.started, host = excluded.host",
             (key, kind, json.dumps(experts), seed, length, config, time.time(), socket.gethostname()),
         )
 
     def finish(self, key: str, right: list[bool], value: float | None, seconds: dict[str, float], host: str) -> None:
         """A job is done. value: the metric of its answers, for readers of the file."""
+        own = digest(key, "done", bytes(right), None)
         self.execute(
-            "UPDATE jobs SET status = 'done', \"right\" = ?, value = ?, seconds = ?, host = ?, ended = ? WHERE key = ?",
-            (bytes(right), value, json.dumps(seconds), host, time.time(), key),
+            "UPDATE jobs SET status = 'done', \"right\" = ?, error = NULL, value = ?, seconds = ?, host = ?, "
+            "ended = ?, digest = ? WHERE key = ?",
+            (bytes(right), value, json.dumps(seconds), host, time.time(), own, key),
         )
 
     def fail(self, key: str, error: str) -> None:
-        self.execute("UPDATE jobs SET status = 'failed', error = ?, ended = ? WHERE key = ?", (error, time.time(), key))
+        """A job has failed."""
+        error = error.encode("utf-8", "backslashreplace").decode()  # names of files may hold what no text may
+        own = digest(key, "failed", None, error)
+        self.execute(
+            "UPDATE jobs SET status = 'failed', \"right\" = NULL, error = ?, ended = ?, digest = ? WHERE key = ?",
+            (error, time.time(), own, key),
+        )
+
+
+def digest(key: str, status: str, right: bytes | None, error: str | None) -> str:
+    """Of a job that has ended: what tells that its result is the one that was written."""
+    told = json.dumps([key, status, None if right is None else right.hex(), error])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def check_place(path: Path) -> None:

@@ -92,6 +92,9 @@ def in_place(make: Callable[[Path], object]) -> Callable[[Path], None]:
         (statement("UPDATE jobs SET config = 'other' WHERE seed = 3"), "is not what a search wrote): restore it"),
         (statement("UPDATE jobs SET \"right\" = x'0002' WHERE seed = 3"), "is not what a search wrote): restore it"),
         (statement("UPDATE jobs SET \"right\" = NULL WHERE seed = 3"), "is not what a search wrote): restore it"),
+        (statement("UPDATE jobs SET \"right\" = x'0001' WHERE seed = 3"), "is not what a search wrote): restore it"),
+        (statement("UPDATE jobs SET status = 'queued' WHERE seed = 3"), "is not what a search wrote): restore it"),
+        (statement("UPDATE jobs SET status = 'failed' WHERE seed = 3"), "is not what a search wrote): restore it"),
         (statement("UPDATE jobs SET seconds = '{' WHERE seed = 3"), "is not what a search wrote): restore it"),
         (statement("ALTER TABLE jobs RENAME COLUMN value TO score"), "is damaged (its table jobs has the columns key"),
         (in_place(statement("CREATE TABLE cats (id)")), "with the tables cats, and no journal of a search: move it"),
@@ -118,7 +121,7 @@ def test_flipped_bytes_are_found_or_change_no_answer(whole: Path, tmp_path: Path
         path = tmp_path / f"{number}.db"
         content = bytearray(whole.read_bytes())
         for _ in range(3):
-            content[chance.randrange(len(content))] ^= 1 << chance.randrange(1, 8)
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(content)
         try:
             journal = Journal(path)
@@ -131,6 +134,41 @@ def test_flipped_bytes_are_found_or_change_no_answer(whole: Path, tmp_path: Path
             assert ended is not None and ended.answers() == right_of(row)
         journal.close()
     assert found > 20
+
+
+def test_a_journal_of_format_1_is_brought_to_this_one(written: Path) -> None:
+    older = statement("ALTER TABLE jobs DROP COLUMN digest", "PRAGMA user_version = 1")
+    older(written)
+    for _ in range(2):  # the second time it is of this format
+        journal = Journal(written)
+        for row in range(ROWS):
+            ended = journal.ended(key_of(row))
+            assert ended is not None and ended.answers() == right_of(row)
+        assert journal.format() == FORMAT
+        journal.close()
+    older(written)
+    statement("UPDATE jobs SET config = 'other' WHERE seed = 3")(written)
+    with pytest.raises(SearchError, match="is not what a search wrote"):
+        Journal(written)
+
+
+def test_failures_and_second_tries_are_kept_whole(tmp_path: Path) -> None:
+    with opened(tmp_path) as journal:
+        for number in range(3):
+            journal.begin(key_of(number), "trial", ("clip",), number, 1.0, config_of(number))
+        journal.fail(key_of(0), "no such file: \udcff")
+        journal.fail(key_of(1), "out of memory")
+    with opened(tmp_path) as journal:
+        failed = journal.ended(key_of(0))
+        assert failed is not None and failed.error == "no such file: \\udcff"
+        assert journal.requeue() == 1 and journal.forget_failures() == 2
+    with opened(tmp_path) as journal:
+        journal.begin(key_of(0), "trial", ("clip",), 0, 1.0, config_of(0))
+        journal.finish(key_of(0), [True, False], 0.5, {}, "here")
+    with opened(tmp_path) as journal:
+        again = journal.ended(key_of(0))
+        assert again is not None and again.answers() == [True, False] and again.error is None
+        assert journal.ended(key_of(1)) is None
 
 
 def test_an_empty_file_without_trials_is_a_search_that_was_killed_as_it_began(tmp_path: Path) -> None:

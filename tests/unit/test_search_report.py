@@ -158,6 +158,11 @@ def test_a_gain_is_carried_by_a_task_only_where_the_rest_is_nothing() -> None:
     assert carrier(answers(10, 20, 10), answers(30, 20, 10)) is None  # a loss
     alone = Metric(tasks, [str(row) for row in range(120)], {"b": 0, "c": 0})
     assert carrier(answers(30, 20, 10), answers(10, 20, 10), alone) is None  # there is nothing else
+    small = Metric([task for task in "abcd" for _ in range(10)], [str(row) for row in range(40)], {})
+    one_of_ten = torch.tensor([[row == 0 for _ in "abcd" for row in range(10)]]).float()
+    gain, rest = small.gain(one_of_ten, torch.zeros(1, 40)), small.without("a")
+    assert rest is not None and gain.distinguishable and not rest.gain(one_of_ten, torch.zeros(1, 40)).distinguishable
+    assert carrier(one_of_ten, torch.zeros(1, 40), small) is None  # a quarter each: no task carries it
     more, base = answers(30, 20, 6), answers(10, 20, 10)
     found = carried(metric, more, base, metric.gain(more, base))
     assert found is not None and found.share == pytest.approx(20 / 16) and found.rest.mean == pytest.approx(-4 / 80)

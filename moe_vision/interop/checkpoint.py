@@ -5,6 +5,7 @@ config.json ─ published_config() ─ a composition ─ ModelConfig ─┐
 tokenizer.json | tokenizer.model ─ prompts.py ──────────────────┘
 """
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def llama_values(source: Path, published: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}: {key} is {value!r}, which transformers' Llama does not compute: only checkpoints of Llama, "
                 f"Vicuna and Yi can be imported, with {key} {neutral!r} or absent"
             )
-    own = {key: value for key, value in published.items() if key not in TRAINED_ONLY}
+    own = copy.deepcopy({key: value for key, value in published.items() if key not in TRAINED_ONLY})
     try:
         config = LlamaConfig(**own)
     except Exception as error:  # the library raises its own kinds, KeyError and TypeError among them

@@ -6,6 +6,7 @@ transformers' own conversion by class ignores `add_dummy_prefix` (Yi has none) a
 with one. This one follows the model's own settings, and refuses a model whose tokens it cannot repeat.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,39 @@ def converted(file: Path, **settings: Any) -> PreTrainedTokenizerFast:
     # `legacy` is true where a folder does not say, as in the library when these folders were published.
     tokenizer_object = backend(proto, every_part=bool(config.get("legacy", True)))
     check(tokenizer_object, processor, proto, file)
+    add_tokens(tokenizer_object, file.parent, config)
     trained = proto.trainer_spec
     pieces = (("bos_token", trained.bos_id), ("eos_token", trained.eos_id), ("unk_token", trained.unk_id))
     named = {name: proto.pieces[i].piece for name, i in pieces if i >= 0 and not config.get(name)}
     settings.pop("config", None)  # of the model; it would choose a class
-    return PreTrainedTokenizerFast.from_pretrained(
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
         str(file.parent),
         **{"add_bos_token": config.get("add_bos_token", True), **named, **settings},
         tokenizer_object=tokenizer_object,
     )
+    add_tokens(tokenizer.backend_tokenizer, file.parent, config)  # the library adds them too, as parts of a spaced text
+    return tokenizer
+
+
+def add_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
+    """Add the tokens that a folder declares beyond its model, in `added_tokens.json` or tokenizer_config.json.
+
+    They are found in a text as it is written, before the space at its start is put. Raises ValueError where their ids
+    are not the next free ones.
+    """
+    path = folder / "added_tokens.json"
+    declared = {int(i): content for content, i in (read_object(path) if path.is_file() else {}).items()}
+    plain = {i: AddedToken(str(content), normalized=False) for i, content in declared.items()}
+    for number, value in config.get("added_tokens_decoder", {}).items():
+        settings = {key: value[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in value}
+        plain[int(number)] = AddedToken(value["content"], normalized=False, **settings)
+    for number, token in sorted(plain.items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise ValueError(
+                f"'{folder}': the added token {token.content!r} has the id {number}, and the next free id is "
+                f"{tokenizer.token_to_id(token.content)}: add a tokenizer.json to the folder"
+            )
 
 
 def sentencepiece_model(file: Path) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from moe_vision.cli import app
@@ -17,7 +17,7 @@ from moe_vision.interop import import_slime
 from moe_vision.interop.checkpoint import CheckpointError
 from moe_vision.interop.slime import composition
 from moe_vision.modeling.compose import load
-from tests.published import LLAMA, tokenizer
+from tests.published import LLAMA, llama3_tokenizer, tokenizer
 from tests.sliced import pictures
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slime"
@@ -35,10 +35,16 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPVisionModel, LlamaForCausalLM]:
     """A SliME folder, and the library's own CLIP and Llama with its weights."""
-    folder = tmp_path_factory.mktemp("slime")
+    return write(tmp_path_factory.mktemp("slime"), tokenizer(), LLAMA["vocab_size"])
+
+
+def write(
+    folder: Path, words: PreTrainedTokenizerFast, size: int, **settings: Any
+) -> tuple[Path, CLIPVisionModel, LlamaForCausalLM]:
+    """Write a SliME folder with this tokenizer and a language model of `size` tokens; settings: of config.json."""
     torch.manual_seed(0)
-    values = LLAMA | {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    llama = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    values = LLAMA | {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": size}
+    llama = LlamaForCausalLM(LlamaConfig(**values, **settings)).eval()
     clip = CLIPVisionModel(CLIPVisionConfig(**ARCHITECTURE, image_size=336, patch_size=14)).eval()
     with torch.no_grad():
         for parameter in llama.parameters():
@@ -48,10 +54,25 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPVisio
              for k, v in clip.state_dict().items()}  # fmt: skip
     state |= {f"model.{key}": value for key, value in parts.items() if not key.startswith("embed_tokens")}
     save_file({**state, **llama.state_dict()}, folder / "model.safetensors")
-    separator = tokenizer()(",", add_special_tokens=False)["input_ids"][-1]
-    (folder / "config.json").write_text(json.dumps(values | CONFIG | {"seperator": separator}))
-    tokenizer().save_pretrained(folder)
+    separator = words(",", add_special_tokens=False)["input_ids"][-1]
+    (folder / "config.json").write_text(json.dumps(values | CONFIG | settings | {"seperator": separator}))
+    words.save_pretrained(folder)
     return folder, clip, llama
+
+
+@torch.no_grad()
+def test_a_llama_3_folder(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    words = llama3_tokenizer()
+    folder, _, llama = write(tmp_path / "source", words, len(words), rope_theta=500000.0)
+    model, processor = load(import_slime(folder, tmp_path / "ours", OVERRIDES))
+    ids = torch.randint(len(words), (1, 300))
+    torch.testing.assert_close(model(ids).logits[..., : len(words)], llama(ids).logits, atol=1e-5, rtol=1e-5)
+    end = words.convert_tokens_to_ids("<|eot_id|>")
+    assert {end, words.eos_token_id} <= set(model.generation_config.eos_token_id)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    assert text.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\nwhat")
 
 
 @torch.no_grad()

@@ -104,6 +104,13 @@ ROTARY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
     "partial": {"partial_rotary_factor": 0.5},
+    "longrope": {
+        "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 256,
+    },
     "today": {"rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}},
 }  # fmt: skip
 
@@ -208,6 +215,22 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path, kind: str) -> None:
         expected = [*reference.encode(pieces[0]), tokenizer.image_token_id, *reference.encode(pieces[1])]
         assert tokenizer("<image>".join(pieces), add_special_tokens=False)["input_ids"] == expected
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (reference.bos_id(), reference.eos_id())
+
+
+def test_files_beside_tokenizer_model_are_read(tmp_path: Path) -> None:
+    size = write_sentencepiece(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size, "<im_patch>": size + 1}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>", "unk_token": "<unk>"}))
+    reference = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    expected = [*reference.encode("a cup"), size + 1, *reference.encode("it")]
+    load_tokenizer(str(tmp_path), "<image>").save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path, tmp_path / "saved"):
+        found = load_tokenizer(str(folder), "<image>")
+        assert (found.pad_token_id, found.image_token_id, found.unk_token_id) == (size, size + 2, 0)
+        assert found("a cup<im_patch>it", add_special_tokens=False)["input_ids"] == expected
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size + 7}))
+    with pytest.raises(ValueError, match=rf"the added token '<pad>' has the id {size + 7}, and the next free id is"):
+        load_tokenizer(str(tmp_path), "<image>")
 
 
 def test_after_a_special_token_no_space_is_put_unless_the_folder_is_legacy(tmp_path: Path) -> None:

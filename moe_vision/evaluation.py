@@ -13,11 +13,10 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moe_vision.data.chat import image_tokens, message, render
-from moe_vision.data.faults import DataError, Fault, RecordFault, problems_of
+from moe_vision.data.faults import DataError, Fault, RecordFault, faults_of, problems_of
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load
-from moe_vision.slicing import PlanError
 
 Pictures = Callable[[Sequence[Path]], dict[str, Any]]
 """From paths of pictures to what stands for them: the model's inputs `pixel_values`, `mixed_tokens`, `feature_maps`."""
@@ -136,11 +135,10 @@ def fitting(
     fit, faults = [], []
     for record in records:
         try:
-            prompt = prompt_text(processor, record.turns[:-1], record.images)
-            tokens = len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            with faults_of(record.id):
+                prompt = prompt_text(processor, record.turns[:-1], record.images)
+                tokens = len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
             check_context(tokens, max_new_tokens, context, f"record {record.id!r}: the question")
-        except PlanError as error:
-            faults.append(Fault(record.id, "image_size", f"record {record.id!r}: {error}"))
         except RecordFault as error:
             faults.append(Fault(record.id, error.reason, str(error)))
         else:

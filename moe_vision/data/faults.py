@@ -1,14 +1,17 @@
 """What can be wrong with a record, how it is told, and the report on what a run had to leave out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Reason = Literal["format", "markers", "image_missing", "image_broken", "image_size", "too_long"]
+from moe_vision.slicing import PlanError
+
+Reason = Literal["format", "markers", "image_missing", "image_broken", "image_size", "too_long", "text"]
 """Why a record cannot be learnt from. format: not LLaVA's structure; markers: they do not match the images;
 image_missing: no such file; image_broken: not decodable; image_size: a size that the slicing refuses; too_long: more
-tokens than fit."""
+tokens than fit; text: the chat template or the tokenizer does not take it."""
 
 SHOWN_PROBLEMS = 10
 
@@ -21,6 +24,24 @@ class RecordFault(ValueError):
     def __init__(self, problem: str, reason: Reason = "image_broken") -> None:
         super().__init__(problem)
         self.reason: Reason = reason
+
+
+@contextmanager
+def faults_of(record: str) -> Iterator[None]:
+    """Turn everything that is raised in the block into a RecordFault that names the record: chat templates, tokenizers
+    and decoders raise all kinds of errors on what they do not take."""
+    try:
+        yield
+    except RecordFault:
+        raise
+    except PlanError as error:
+        raise RecordFault(str(error), "image_size") from error
+    except Exception as error:
+        raise RecordFault(
+            f"record {record!r}: the chat template or tokenizer does not take it ({type(error).__name__}: {error}); "
+            "change its turns, or write on_fault: skip",
+            "text",
+        ) from error
 
 
 @dataclass(frozen=True)

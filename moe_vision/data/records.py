@@ -1,12 +1,12 @@
 """LLaVA-format records, checked in full before any work starts.
 
 A file is a JSON list, or JSON Lines, of `{"id", "image": path or list of paths, "conversations": [{"from": "human" |
-"gpt", "value": text}, …], "task": optional}`. Each image has one `<image>` marker in the text.
+"gpt", "value": text}, …], "task": optional}`. Each image has one `<image>` marker in the text. `files` and `forms` read
+the other forms that people have.
 """
 
-import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +16,10 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from moe_vision.data.faults import DataError, Fault, RecordFault, problems_of
+from moe_vision.data.files import BrokenLine, RepeatedKeys, read_values
+from moe_vision.data.forms import IMAGE_MARKER, parse_conversation, shown
 from moe_vision.slicing.image_files import opened_file
 from moe_vision.slicing.pixels import ImageError, to_rgb
-
-IMAGE_MARKER = "<image>"
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -99,91 +98,80 @@ def broken_images(images: Iterable[Path], verify: bool, workers: int) -> dict[Pa
         return {image: error for image, error in zip(images, threads.map(fault, images), strict=True) if error}
 
 
-@dataclass(frozen=True)
-class BrokenLine:
-    """A line of JSON Lines that is no JSON; it stands where its record would."""
-
-    id: str
-    problem: str
-
-
-def read_values(path: Path) -> list[Any]:
-    """Plain values of a JSON list or of JSON Lines, with a `BrokenLine` for each line that is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(path, ["no such file: give the path of a LLaVA-format JSON or JSONL file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(path, [f"cannot be read ({error}): give a LLaVA-format JSON or JSONL file in UTF-8"]) from None
-    if path.suffix == ".jsonl":
-        return [parse_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(path, [f"is not JSON ({error}): mend its syntax"]) from None
-    if not isinstance(values, list):
-        raise DataError(path, [f"holds a JSON {type(values).__name__}, not a list of LLaVA records: wrap it in [ ]"])
-    return values
-
-
-def parse_line(number: int, line: str) -> Any:
-    """One value of JSON Lines."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return BrokenLine(f"line {number}", f"line {number} is not JSON ({error.msg}): mend it, one record a line")
-
-
 def record_id(value: Any, number: int) -> str:
-    """What a record is called in reports: its id, or where it stands."""
+    """A record's label in reports: its id, else its index or line."""
     if isinstance(value, BrokenLine):
         return value.id
-    return str(value.get("id", number)) if isinstance(value, dict) else str(number)
+    own = value.get("id") if isinstance(value, dict) else None
+    if own is None:
+        return str(number)
+    return str(own) if isinstance(own, (str, int, float)) else shown(own)
 
 
 def parse_record(value: Any, number: int, root: Path) -> Record:
-    """One record. Raises RecordFault naming the record, the fault and the cure."""
+    """One record. Raises RecordFault naming the record, the fault and a hint, whatever is wrong with it."""
+    try:
+        return checked_record(value, number, root)
+    except RecordFault:
+        raise
+    except Exception as error:
+        raise RecordFault(
+            f"record {number}: cannot be read ({type(error).__name__}: {error}); correct or remove it", "format"
+        ) from error
+
+
+def checked_record(value: Any, number: int, root: Path) -> Record:
+    """One record; `parse_record` turns errors that are no RecordFault into one."""
     if isinstance(value, BrokenLine):
         raise RecordFault(value.problem, "format")
     if not isinstance(value, dict):
         raise RecordFault(
             f"record {number}: is a {type(value).__name__}; a LLaVA record is {{id, image, conversations}}", "format"
         )
-    name = f"record {number} (id {value.get('id', number)!r})"
-    conversation = value.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        keys = ", ".join(map(str, value)) or "none"
-        raise RecordFault(
-            f"{name}: has no list 'conversations' (keys: {keys}); write [{{from: human, value: …}}, …]", "format"
-        )
-    images = value.get("image", [])
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise RecordFault(f"{name}: 'image' is {images!r}; write a path or a list of paths", "format")
-    turns = tuple(parse_turn(turn, name) for turn in conversation)
+    name = f"record {number} (id {shown(value.get('id', number))})"
+    check_keys(value, name)
+    found = parse_conversation(value, name)
+    images, turns = found.images, tuple(Turn(role, text) for role, text in found.turns)
     spoken = [turn.role for turn in turns if turn.role != "system"]
-    expected = ["user", "assistant"] * (len(spoken) // 2)
-    if spoken != expected or not spoken:
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise RecordFault(f"{name}: turns go {spoken}; they must alternate human, gpt and end with gpt", "format")
-    task = value.get("task", "all")
-    if not isinstance(task, str):
-        raise RecordFault(f"{name}: 'task' is {task!r}; write a name, or leave it out", "format")
-    if any(IMAGE_MARKER in turn.text for turn in turns if turn.role == "assistant"):
-        raise RecordFault(
-            f"{name}: an answer has an {IMAGE_MARKER} marker; move it into the question before", "markers"
-        )
+    task = value.get("task")
+    if task is not None and not isinstance(task, str):
+        raise RecordFault(f"{name}: 'task' is {shown(task)}; write a name, or leave it out", "format")
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers != len(images):
-        cure = "put one marker into the first question for each image" if markers < len(images) else "name each image"
-        raise RecordFault(f"{name}: {len(images)} images and {markers} {IMAGE_MARKER} markers; {cure}", "markers")
-    return Record(record_id(value, number), tuple(root / image for image in images), turns, task)
+        hint = (
+            "put one marker into a question for each image"
+            if markers < len(images)
+            else "name each image in 'image' or 'images'"
+        )
+        raise RecordFault(f"{name}: {len(images)} images and {markers} {IMAGE_MARKER} markers; {hint}", "markers")
+    record = Record(record_id(value, number), tuple(root / image for image in images), turns, task or "all")
+    check_text((record.id, record.task, *images, *(turn.text for turn in turns)), name)
+    return record
 
 
-def parse_turn(turn: Any, name: str) -> Turn:
-    known = isinstance(turn, dict) and isinstance(turn.get("from"), str) and turn["from"] in ROLES
-    if not known or not isinstance(turn.get("value"), str):
-        raise RecordFault(f"{name}: turn {turn!r} is not {{from: human | gpt, value: text}}", "format")
-    return Turn(ROLES[turn["from"]], turn["value"])
+def check_keys(value: Any, name: str) -> None:
+    """Raise RecordFault where an object of a record repeats a key."""
+    if isinstance(value, RepeatedKeys):
+        raise RecordFault(f"{name}: the key {value.repeated!r} is there more than once; keep one of them", "format")
+    for own in value.values() if isinstance(value, dict) else value:
+        if isinstance(own, (dict, list)):
+            check_keys(own, name)
+
+
+def check_text(texts: Sequence[str], name: str) -> None:
+    """Raise RecordFault if a text holds half of a surrogate pair, which no tokenizer takes."""
+    if "".join(texts).isascii():
+        return
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise RecordFault(
+                f"{name}: the text {shown(text)} holds {half!a}, half of a character; write the whole one", "format"
+            ) from None
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from typing import TypeVar
 
 from moe_vision.data.chat import Tokenised, tokenise
 from moe_vision.data.config import PartConfig
-from moe_vision.data.faults import DataError, Fault, RecordFault, SourceReport, problems_of
+from moe_vision.data.faults import DataError, Fault, RecordFault, SourceReport, faults_of, problems_of
 from moe_vision.data.records import Record, read_records
 from moe_vision.modeling import MoeVisionProcessor
-from moe_vision.slicing import PlanError
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,9 @@ def fit(source: Source, processor: MoeVisionProcessor, context: int | None) -> t
     samples, faults = [], []
     for record in source.records:
         try:
-            text = tokenise(record, processor)
+            with faults_of(record.id):
+                text = tokenise(record, processor)
             check_length(record, len(text.input_ids), limit)
-        except PlanError as error:
-            faults.append(Fault(record.id, "image_size", str(error)))
         except RecordFault as error:
             faults.append(Fault(record.id, error.reason, str(error)))
         else:

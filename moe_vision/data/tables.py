@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_vision.data.config import ColumnsConfig, SourceConfig
 from moe_vision.data.faults import DataError
-from moe_vision.data.records import IMAGE_MARKER
+from moe_vision.data.forms import PART_SOURCES
 from moe_vision.registry import suggest
 
 FILE_BUILDERS = {
@@ -42,7 +42,7 @@ def write_table(data: SourceConfig, folder: Path) -> Path:
         (partial / "pictures").mkdir(parents=True)
         with (partial / "records.jsonl").open("w", encoding="utf-8") as file:
             for row in rows_of(table, data):
-                file.write(json.dumps(record_of(row, data.columns, picture_root(data), partial)) + "\n")
+                file.write(json.dumps(record_of(row, data.columns, picture_root(data), partial), default=repr) + "\n")
         partial.replace(target)
     return target / "records.jsonl"
 
@@ -122,7 +122,6 @@ def split_of(loaded: Any, data: SourceConfig) -> Any:
 
 def undecoded(table: Any, data: SourceConfig) -> Any:
     """The table with its pictures as bytes or paths, not decoded. Raises DataError naming a column that it lacks."""
-    import datasets
 
     assert data.columns is not None
     known = table.column_names or list(next(iter(table), {}))  # a stream of JSON knows its columns by its first row
@@ -132,13 +131,23 @@ def undecoded(table: Any, data: SourceConfig) -> Any:
     if known and missing:
         raise DataError(data.title, missing)
     features = table.features or {}
-    feature = features.get(data.columns.images or "")
-    stored = datasets.Image(decode=False)
-    if isinstance(feature, datasets.Image):
-        table = table.cast_column(data.columns.images, stored)
-    elif isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, datasets.Image):
-        table = table.cast_column(data.columns.images, type(feature)(stored))
+    for name in (data.columns.images, data.columns.conversations):
+        if name in features and (stored := stored_feature(features[name])) != features[name]:
+            table = table.cast_column(name, stored)
     return table
+
+
+def stored_feature(feature: Any) -> Any:
+    """A column's feature with its images, in lists and structures too, as bytes or paths."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(stored_feature(feature.feature))
+    if isinstance(feature, dict):
+        return {key: stored_feature(own) for key, own in feature.items()}
+    return feature
 
 
 def rows_of(table: Any, data: SourceConfig) -> Iterator[Mapping[str, Any]]:
@@ -148,28 +157,36 @@ def rows_of(table: Any, data: SourceConfig) -> Iterator[Mapping[str, Any]]:
 
 
 def record_of(row: Mapping[str, Any], columns: ColumnsConfig, root: Path | None, folder: Path) -> dict[str, Any]:
-    """A row as a LLaVA record; pictures that lie in the table are written below `folder`."""
+    """A row as a LLaVA record, in one of the forms that files have; images in the table are written below `folder`."""
     values = {key: row[column] for key, column in columns.named().items()}
     stored = values.get("images")
     pictures = stored if isinstance(stored, list) else [stored] if stored is not None else []
-    images = [picture_path(picture, root, folder) for picture in pictures]
-    if columns.conversations is not None:
-        turns = values["conversations"]
-        conversation = [llava_turn(turn) for turn in turns] if isinstance(turns, list) else turns
+    record: dict[str, Any] = {"images": [picture_path(picture, root, folder) for picture in pictures]}
+    turns = values.get("conversations")
+    if columns.conversations is None:
+        record |= {key: values[key] for key in ("question", "answer")}
     else:
-        question = values["question"]
-        if isinstance(question, str) and IMAGE_MARKER not in question:
-            question = f"{IMAGE_MARKER}\n" * len(images) + question
-        conversation = [{"from": "human", "value": question}, {"from": "gpt", "value": values["answer"]}]
-    record = {"image": images, "conversations": conversation}
+        record["conversations"] = [file_turn(t, root, folder) for t in turns] if isinstance(turns, list) else turns
     return record | {key: plain(values[key]) for key in ("id", "task") if values.get(key) is not None}
 
 
-def llava_turn(turn: Any) -> Any:
-    """A turn in LLaVA's words; role and content are taken for from and value."""
-    if isinstance(turn, Mapping) and turn.keys() >= {"role", "content"}:
-        return {"from": turn["role"], "value": turn["content"]}
-    return turn
+def file_turn(turn: Any, root: Path | None, folder: Path) -> Any:
+    """A turn whose parts name their images by path; those in the table are written below `folder`."""
+    content = turn.get("content") if isinstance(turn, Mapping) else None
+    if not isinstance(content, list):
+        return turn
+    parts = [
+        {key: picture_path(own, root, folder) if is_picture(key, own) else own for key, own in part.items()}
+        if isinstance(part, Mapping)
+        else part
+        for part in content
+    ]
+    return {**turn, "content": parts}
+
+
+def is_picture(key: str, value: Any) -> bool:
+    """Whether a part's value is an image: by content, by path, or both."""
+    return isinstance(value, bytes) or (key in PART_SOURCES and isinstance(value, (str, Mapping)) and bool(value))
 
 
 def plain(value: Any) -> Any:
@@ -189,5 +206,5 @@ def picture_path(picture: Any, root: Path | None, folder: Path) -> Any:
             (folder / name).write_bytes(content)
         return name
     if not isinstance(path, (str, os.PathLike)):
-        return repr(path)
-    return str(root / path) if root is not None else str(path)
+        return path if isinstance(picture, Mapping) or path is None else repr(path)
+    return str(root / path) if root is not None and path and "://" not in str(path) else str(path)

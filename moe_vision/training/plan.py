@@ -1,5 +1,6 @@
 """What a schedule will do, before any weight loads: runs, what they train, steps, tokens and an estimate of FLOPs."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +11,9 @@ import torch
 
 from moe_vision.data.chat import tokenise
 from moe_vision.data.config import DataConfig, PartConfig
-from moe_vision.data.faults import RecordFault
-from moe_vision.data.records import Record, parse_record, read_records, read_values
+from moe_vision.data.faults import RecordFault, faults_of
+from moe_vision.data.files import read_values
+from moe_vision.data.records import Record, parse_record, read_records
 from moe_vision.data.synthetic import write_split
 from moe_vision.experts.weights import located
 from moe_vision.modeling import MoeVisionForConditionalGeneration
@@ -137,13 +139,20 @@ def mean_length(records: Sequence[Record], config: ModelConfig) -> float | None:
     source = config.language_model.tokenizer or config.language_model.pretrained
     if source is None or not Path(located(source)).exists():  # one on the Hub is not fetched for an estimate
         return None
-    if not config.slicing.one_view and not all(image.is_file() for record in records for image in record.images):
+    if not config.slicing.one_view and not all(os.path.isfile(image) for record in records for image in record.images):
         return None
     tokenizer = load_tokenizer(located(source), config.language_model.image_token)
     image_token: Any = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     hf_config = config.hf_config(image_token, marker_ids(config, tokenizer), question_turns(config, tokenizer))
     processor = make_processor(config, hf_config, tokenizer)
-    return sum(len(tokenise(record, processor).input_ids) for record in records) / len(records)
+    lengths = []
+    for record in records:
+        try:
+            with faults_of(record.id):
+                lengths.append(len(tokenise(record, processor).input_ids))
+        except RecordFault:
+            continue  # as in sampled_part
+    return sum(lengths) / len(lengths) if lengths else None
 
 
 def run_flops(

@@ -60,7 +60,7 @@ def spoil(kind: str, values: Values, folder: Path) -> None:
     elif kind == "markers without image":
         values[1] |= {"image": [], "conversations": ask("<image>\nwhat", "red")}
     elif kind == "image without marker":
-        values[1]["conversations"] = ask("what", "red")
+        values[1] |= {"image": ["1.png", "2.png"], "conversations": ask("what", "red", "and now", "blue")}
     elif kind == "missing":
         values[1]["image"] = "none.png"
     elif kind == "no picture":
@@ -72,7 +72,7 @@ def spoil(kind: str, values: Values, folder: Path) -> None:
 FAULTS = [
     ("format", "format", "must alternate"),
     ("markers without image", "markers", "0 images and 1 <image> markers; name each image"),
-    ("image without marker", "markers", "1 images and 0 <image> markers; put one marker"),
+    ("image without marker", "markers", "2 images and 0 <image> markers; put one marker"),
     ("missing", "image_missing", r"none\.png': no such file"),
     ("no picture", "image_broken", r"1\.png': cannot be read"),
     ("too long", "too_long", r"record '1': has \d+ tokens, those of its images among them, and 256 fit"),

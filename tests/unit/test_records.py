@@ -53,7 +53,7 @@ def test_image_root_moves_the_pictures(tmp_path: Path) -> None:
         ({"a": 1}, "not a list"),
         ([3], "record 0"),
         ([{"id": "a", "text": "x"}], "conversations"),
-        ([good(conversations=turns("what", "red"))], "1 images and 0 <image> markers"),
+        ([good(image=["a.png"] * 2, conversations=turns("what", "red", "and", "b"))], "2 images and 0 <image> markers"),
         ([good(image=[])], "0 images and 1 <image> markers"),
         ([good(image="none.png")], "no such file"),
         ([good(image=3)], "'image' is 3"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from moe_vision.data.chat import Tokenised, tokenise
+from moe_vision.data.chat import Tokenised, chat_template, tokenise
 from moe_vision.data.config import PartConfig
 from moe_vision.data.faults import DataError, Fault, RecordFault, SourceReport, faults_of, problems_of
 from moe_vision.data.records import Record, read_records
@@ -94,7 +94,7 @@ def fit(source: Source, processor: MoeVisionProcessor, context: int | None) -> t
     """Tokenise a source's records with the planned tokens of their images. More tokens than `max_length`, or than the
     context of the language model, are a fault, and so is a picture whose size the slicing refuses.
 
-    Raises DataError as `checked` does, and ValueError where max_length is beyond the context.
+    Raises DataError as `checked` does, and ValueError where max_length is beyond the context or there is no template.
     """
     limit = source.config.max_length
     if limit is not None and context is not None and limit > context:
@@ -103,6 +103,7 @@ def fit(source: Source, processor: MoeVisionProcessor, context: int | None) -> t
             "leave it out"
         )
     limit = context if limit is None else limit
+    chat_template(processor)  # its absence is no fault of the records
     samples, faults = [], []
     for record in source.records:
         try:

@@ -112,6 +112,8 @@ def explained(error: Exception) -> tuple[str, int]:
         return str(error) or type(error).__name__, 2
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"not enough memory ({brief(error)}): lower the batch size, or choose smaller models", 2
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # of Path.resolve, before Python 3.13
+        return f"{brief(error)}: its links lead in a circle: give the file itself", 2
     called = shlex.join(sys.argv[1:3])
     return (
         f"unexpected {type(error).__name__} in `moe-vision {called}`: {brief(error)}; hint: run it again as "

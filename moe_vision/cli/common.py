@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_vision.files import resolved
 from moe_vision.terminal import encodable
 
 app = typer.Typer(
@@ -80,7 +81,7 @@ def model_of(path: Path) -> Path | None:
     """The model folder that training wrote at a path or in it; None where there is none."""
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    return path if path.resolve().name == "model" and (path / "config.json").is_file() else None
+    return path if resolved(path).name == "model" and (path / "config.json").is_file() else None
 
 
 @app.callback()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from moe_vision.export import selftest
 from moe_vision.export.card import model_card, training_of
 from moe_vision.export.leftovers import MARK, clear_killed_exports, locked, remove_unused, workplace
-from moe_vision.files import give_usual_modes, writing
+from moe_vision.files import give_usual_modes, resolved, writing
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import load, model_folder
 from moe_vision.modeling.flatten import MODULE_NAME, flatten
@@ -169,7 +169,7 @@ def pushed(folder: Path, repository: str, *, private: bool) -> str:
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     """Raise ExportError where writing to `destination` would lose something."""
-    here, there = source.resolve(), destination.resolve()
+    here, there = resolved(source), resolved(destination)
     if here == there or there in here.parents:
         raise ExportError(f"the destination '{destination}' holds the source '{source}': choose another folder")
     if here in there.parents:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
+from moe_vision.files import check_regular
 from moe_vision.modeling import (
     MoeVisionConfig,
     MoeVisionForConditionalGeneration,
@@ -26,6 +27,9 @@ OBJECTS = (
 def check_objects(folder: Path) -> None:
     """Raise ModelFilesError for a JSON file of a model folder that holds anything but an object, and for generation
     defaults that cannot be used."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            check_regular(path, "model file")
     for name in OBJECTS:
         if (folder / name).exists():
             read_object(folder / name)

@@ -1,6 +1,7 @@
 """Conversations → token ids and labels, by the processor's chat template; only answers are learnt."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, image_size
 from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.chat_rendering import answer_frame, render_chat, shortened, stand_in
+from moe_vision.modeling.chat_template import SHIPPED, usable_template
 from moe_vision.slicing import PlanError
 
 IGNORED = -100
@@ -52,7 +54,7 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
     Raises RecordFault where the chat template refuses the conversation, or where a text contains the image token.
     """
     text, spans = answer_spans(record, processor)
-    check_markers(text, record, processor)
+    check_markers(text, len(record.images), f"record {record.id!r}: its text", processor)
     ids: list[int] = []
     labels: list[int] = []
     counts = iter(image_tokens(record.images, processor))
@@ -68,13 +70,13 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
     return Tokenised(ids, labels)
 
 
-def check_markers(text: str, record: Record, processor: MoeVisionProcessor) -> None:
-    """Raises RecordFault unless a rendered conversation has one image token for each image."""
+def check_markers(text: str, images: int, title: str, processor: MoeVisionProcessor) -> None:
+    """Raises RecordFault unless a rendered conversation has one image token for each image. title: what to call it."""
     token = processor.image_token
-    if text.count(token) != len(record.images):
+    if text.count(token) != images:
         raise RecordFault(
-            f"record {record.id!r}: its text contains {token!r}, which is the tokenizer's image token: remove it, or "
-            f"write {IMAGE_MARKER} where an image belongs",
+            f"{title} contains {token!r}, which is the tokenizer's image token: remove it, or write {IMAGE_MARKER} "
+            "where an image belongs",
             "markers",
         )
 
@@ -137,15 +139,9 @@ def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, li
     stands = {index: {"role": "assistant", "content": stand_in(index)} for index in answers}
     before = [stands.get(index, turn) for index, turn in enumerate(messages[: answers[-1]])]
     template = chat_template(processor)
-    try:
+    with refusals(f"record {record.id!r}: "):
         frame = answer_frame(processor.tokenizer, template)
         prompt = render_chat(processor.tokenizer, template, before, generation=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise RecordFault(
-            f"record {record.id!r}: the chat template refuses the conversation ({error}): change its turns, or choose "
-            "another language_model.chat_template",
-            "format",
-        ) from None
     prompt += f"{frame.gap}{stand_in(answers[-1])}{frame.last_end}{frame.tail}"
     text = ""
     spans = []
@@ -165,15 +161,34 @@ def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, li
     return text + prompt, spans
 
 
+@contextmanager
+def refusals(title: str = "") -> Iterator[None]:
+    """Turn the errors of a chat template, which may be of any kind, into a RecordFault."""
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise RecordFault(
+            f"{title}the chat template refuses the conversation ({error}): change its turns, or choose another "
+            "language_model.chat_template",
+            "format",
+        ) from None
+
+
 def chat_template(processor: MoeVisionProcessor) -> str:
-    """The processor's chat template. Raises ValueError if it has none."""
+    """The processor's chat template, fit for images. Raises ValueError if it has none, or one that cannot be used."""
     template: Any = processor.chat_template or processor.tokenizer.chat_template
     if template is None:
-        raise ValueError("the tokenizer has no chat template: set language_model.chat_template, or use a chat model")
-    text: str = template
-    return text
+        raise ValueError(
+            "the tokenizer has no chat template: use a chat model, or set language_model.chat_template to one of "
+            f"{', '.join(SHIPPED)}, or to a Jinja file"
+        )
+    return usable_template(processor.tokenizer, template, "the processor's chat template")
 
 
 def render(processor: MoeVisionProcessor, messages: list[dict[str, Any]], generation: bool = False) -> str:
-    """Text of a conversation by the processor's chat template; `generation` opens the next answer."""
-    return render_chat(processor.tokenizer, chat_template(processor), messages, generation)
+    """Text of a conversation by the processor's chat template; `generation` opens the next answer. Raises RecordFault
+    where the template refuses the conversation.
+    """
+    template = chat_template(processor)
+    with refusals():
+        return render_chat(processor.tokenizer, template, messages, generation)

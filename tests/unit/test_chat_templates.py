@@ -12,6 +12,7 @@ from moe_vision.config import load_config
 from moe_vision.data.chat import IGNORED, message, render, tokenise
 from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import Record, Turn
+from moe_vision.evaluation import prompt_text
 from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.chat_rendering import end_of_turn_ids, render_chat
 from moe_vision.modeling.chat_template import usable_template
@@ -122,6 +123,7 @@ def test_answers_are_learnt_after_their_prompts(name: str, kind: str) -> None:
     for spoken in CONVERSATIONS.values():
         check(processor, spoken)
     check_questions(processor)
+    assert usable_template(processor.tokenizer, processor.chat_template, name) == processor.chat_template
     if name in TRL:
         check_texts(name, processor)
 
@@ -175,6 +177,8 @@ def test_the_image_token_in_a_text_is_a_fault_of_its_record() -> None:
     with pytest.raises(RecordFault, match=r"'r'.*<\|image_pad\|>.*image token") as caught:
         tokenise(record(turns("what does <|image_pad|> mean", "nothing")), processor)
     assert caught.value.reason == "markers"
+    with pytest.raises(RecordFault, match=r"the question contains '<\|image_pad\|>'"):
+        prompt_text(processor, turns("what does <|image_pad|> mean"), [])
 
 
 def test_templates_do_without_a_beginning_token() -> None:

@@ -150,7 +150,7 @@ def answer_spans(record: Record, processor: MoeVisionProcessor) -> tuple[str, li
             raise RecordFault(
                 f"record {record.id!r}: the chat template does not print answer {index} once: {shortened(prompt)!r}; "
                 "choose another language_model.chat_template",
-                "format",
+                "text",
             )
         head, prompt = prompt.split(stand_in(index))
         text += head
@@ -170,7 +170,7 @@ def refusals(title: str = "") -> Iterator[None]:
         raise RecordFault(
             f"{title}the chat template refuses the conversation ({error}): change its turns, or choose another "
             "language_model.chat_template",
-            "format",
+            "text",
         ) from None
 
 

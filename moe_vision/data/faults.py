@@ -66,8 +66,18 @@ class DataError(ValueError):
 
 
 def problems_of(faults: Sequence[Fault]) -> list[str]:
-    """What to tell of faults; a picture that many records share is told once."""
-    return list(dict.fromkeys(fault.problem for fault in faults))
+    """Messages of faults; one of an image that several records share is given once, with the first record's id."""
+    records: dict[str, list[str]] = {}
+    for fault in faults:
+        records.setdefault(fault.problem, []).append(fault.id)
+    return [
+        problem if not problem.startswith("image ") else f"{problem} [record {ids[0]!r}{more(len(ids) - 1)}]"
+        for problem, ids in records.items()
+    ]
+
+
+def more(count: int) -> str:
+    return f" and {count} more" if count else ""
 
 
 @dataclass(frozen=True)

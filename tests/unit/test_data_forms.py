@@ -386,3 +386,9 @@ def test_tables_are_read_as_files_are(folder: Path, monkeypatch: pytest.MonkeyPa
     columns = {"question": "ask", "answer": "say", "images": "images"}
     found = records_of(DataConfig(dataset=str(folder / "none"), columns=columns), folder, 0)
     assert [meant(record) for record in found] == [TEXT] * 2
+
+
+def test_a_fatal_fault_of_an_image_names_its_records(folder: Path) -> None:
+    values = [{"id": id, "image": "none.png", "conversations": LLAVA} for id in ("x", "y", "z")]
+    with pytest.raises(DataError, match=r"1 problem\n  image '.*none\.png': no such file.* \[record 'x' and 2 more\]"):
+        read(folder, *values)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -293,14 +294,27 @@ def test_plan_of_a_model_config_counts_its_own_tokens(monkeypatch, capsys) -> No
 
 
 def test_plan_draws_what_the_model_sees(monkeypatch, capsys, tmp_path: Path) -> None:
-    Image.effect_noise((320, 200), 50).save(tmp_path / "noise.png")
+    halves = Image.new("RGB", (320, 200), (10, 120, 30))
+    halves.paste((230, 20, 200), (160, 0, 320, 200))
+    halves.save(tmp_path / "halves.png")
     drawn = tmp_path / "plans.png"
     code, _, err = run(
-        monkeypatch, capsys, "plan", tmp_path / "noise.png", "900x300", "--policy", "anyres", "--image", drawn
+        monkeypatch, capsys, "plan", tmp_path / "halves.png", "900x300", "--policy", "anyres", "--image", drawn
     )
     assert code == 0, err
     with Image.open(drawn) as picture:
         assert picture.format == "PNG" and min(picture.size) > 300
+        pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[:2]
+    first = pixels[: height // 2]  # the row of the image; below is that of the bare size
+    for colour in ((10, 120, 30), (230, 20, 200)):
+        found = (np.abs(first.astype(int) - colour).max(-1) < 3).mean(0)
+        assert found[: width * 2 // 5].sum() > 0.02 * width  # in the outlined image on the left
+        assert found[width * 2 // 5 :].sum() > 0.02 * width  # in the views on the right
+    below = pixels[height // 2 :].reshape(-1, 3)
+    for shown in ((214, 39, 40), (31, 119, 180)):  # what stands for slices and for the overview without an image
+        mixed = [round(255 - 0.25 * (255 - value)) for value in shown]
+        assert (np.abs(below.astype(int) - mixed).max(-1) < 3).mean() > 0.005
     code, _, err = run(monkeypatch, capsys, "plan", "0x5", "--policy", "uhd", "--image", tmp_path / "none.png")
     assert code == 2 and "refused every image" in err
     assert not (tmp_path / "none.png").exists()

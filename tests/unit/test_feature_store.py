@@ -112,6 +112,13 @@ def test_another_picture_or_expert_is_another_entry(
     os.utime(pictures[0], ns=(0, 1))
     changed = maps(FeatureStore(store, GB), pictures)
     assert made == [2]
+    size = pictures[0].stat().st_size
+    Image.new("RGB", (40, 30), (3, 2, 1)).save(pictures[0])
+    os.utime(pictures[0], ns=(0, 2))
+    assert pictures[0].stat().st_size == size  # the time alone tells them apart
+    made.clear()
+    changed = maps(FeatureStore(store, GB), pictures)
+    assert made == [2]
     assert torch.equal(changed.maps["sam"][pictures[0]], maps(FeatureCache(), pictures).maps["sam"][pictures[0]])
     model, processor = tiny_model(("clip", "sam"))
     with torch.no_grad():

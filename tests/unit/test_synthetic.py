@@ -10,7 +10,7 @@ from PIL import Image
 
 from moe_vision.data.records import load_records
 from moe_vision.data.synthetic import TASKS, caption, make_scene, questions, render, scene_seed, write_split
-from moe_vision.data.synthetic.scene import SPLITS, Label, Shape
+from moe_vision.data.synthetic.scene import SPLITS, Blob, Chart, Label, Shape, Texture
 from moe_vision.experts import EXPERTS
 from moe_vision.experts.weights import load_expert_weights
 from moe_vision.recipes.distillation import probes
@@ -63,6 +63,14 @@ def test_every_question_has_one_right_answer_in_the_scene():
         item = scene.cells["abcd".index(place[0]), int(place[1]) - 1]
         assert isinstance(item, Shape) and answers["where"].question == f"where is {item.shape}"
         assert answers["colour"].answer == item.colour
+        values = {
+            value: str(scene.only(kind)) for value, kind in (("chart", Chart), ("texture", Texture), ("area", Blob))
+        }
+        bar = answers["chart"].question.split()[-1]
+        heights = dict(zip(("red", "green", "blue"), re.findall(r"\d", values["chart"]), strict=True))
+        assert answers["chart"].question == f"value of bar {bar}" and answers["chart"].answer == heights[bar]
+        assert values["texture"] == f"Texture(name='{answers['texture'].answer}')"
+        assert values["area"] == f"Blob(size={answers['area'].answer})"
 
 
 def test_relations_hold_between_the_two_shapes_that_are_named():

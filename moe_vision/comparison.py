@@ -25,7 +25,7 @@ from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProc
 from moe_vision.modeling.cost import CostTable, cost
 from moe_vision.modeling.model_config import ModelConfig
 from moe_vision.registry import MIXERS, suggest
-from moe_vision.terminal import terminal
+from moe_vision.terminal import headline, say, terminal
 from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import on_disk, records_of, settle, staged
 from moe_vision.training.features import FeatureCache
@@ -144,10 +144,10 @@ def compare_held(
     results = []
     runs = [(contender, config.seed + number) for number in range(seeds) for contender in contenders]
     for number, (contender, seed) in enumerate(runs, start=1):
-        console.rule(f"{number} of {len(runs)}: {contender.name}, seed {seed}")
+        headline(console, f"{number} of {len(runs)}: {contender.name}, seed {seed}")
         path = output / "runs" / f"{contender.name}-seed-{seed}.json"
         if path.is_file():
-            console.print(f"is finished: {path}", highlight=False)
+            say(console, f"is finished: {path}")
         else:
             result = run(contender, config, seed, output, test, images, cache, console)
             write_atomically(path, json.dumps(asdict(result), indent=1))
@@ -280,9 +280,9 @@ def run(
     folder = output / "runs" / f"{contender.name}-seed-{seed}"
     model, processor = load_on_accelerator(train(schedule, folder, console=console, cache=cache))
     scores = evaluate(model, processor, test)
-    console.print(f"{contender.name}: {scores.average:.3f} of the test questions right", highlight=False)
+    say(console, f"{contender.name}: {scores.average:.3f} of the test questions right")
     for warning in scores.warnings():
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+        say(console, f"warning: {warning}")
     steps, images_per_second = training_speed(folder, schedule, images)
     tokens_per_second = generation_speed(model, processor, test[:TIMED_PROMPTS])
     seconds = time.perf_counter() - started

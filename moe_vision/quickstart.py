@@ -13,6 +13,8 @@ from moe_vision.data.records import load_records
 from moe_vision.data.synthetic import write_split
 from moe_vision.evaluation import EvalReport, answer, evaluate, load_on_accelerator
 from moe_vision.export import ExportReport, export
+from moe_vision.files import read_json, write_text, writing
+from moe_vision.terminal import headline, say
 from moe_vision.training.output import OutputError
 from moe_vision.training.runner import train
 from moe_vision.training.schedule import TrainConfig
@@ -41,43 +43,43 @@ def quickstart(output: Path, *, seed: int, overwrite: bool, console: Console) ->
     """Write `output`/{data, run, run-clip, export, report.md}. Raises OutputError if it holds something else."""
     started = time.perf_counter()
     prepare(output, seed, overwrite)
-    console.rule("1. pictures")
-    data = write_split(output / "data", "train", TRAIN_SCENES, seed)
-    test_file = write_split(output / "data", "test", TEST_SCENES, seed)["questions"]
-    console.print(
-        f"{TRAIN_SCENES} + {TEST_SCENES} pictures and LLaVA-format JSON in {output / 'data'}", highlight=False
-    )
+    headline(console, "1. pictures")
+    with writing("images", output / "data"):
+        data = write_split(output / "data", "train", TRAIN_SCENES, seed)
+        test_file = write_split(output / "data", "test", TEST_SCENES, seed)["questions"]
+    say(console, f"{TRAIN_SCENES} + {TEST_SCENES} pictures and LLaVA-format JSON in {output / 'data'}")
     test = load_records(test_file)
     scores: dict[str, EvalReport] = {}
     for number, (title, folder, experts) in enumerate(
         (("CLIP alone", "run-clip", ["clip"]), ("all five", "run", None)), start=2
     ):
-        console.rule(f"{number}. train {title}")
+        headline(console, f"{number}. train {title}")
         trained = train(micro_config(seed, data, experts), output / folder, console=console)
         scores[title] = evaluate(*load_on_accelerator(trained), test)
-        console.print(f"{title}: {scores[title].average:.3f} of the test questions right", highlight=False)
-    console.rule("4. scores on the test split")
+        say(console, f"{title}: {scores[title].average:.3f} of the test questions right")
+    headline(console, "4. scores on the test split")
     console.print(accuracy_table({title: report.by_task for title, report in scores.items()}))
-    console.rule("5. three questions about one picture")
+    headline(console, "5. three questions about one picture")
     model, processor = load_on_accelerator(output / "run" / "model")
     asked = [record for record in test if record.images == test[0].images][:3]
     dialogue = []
     for record in asked:
         question = record.turns[0].text.removeprefix("<image>\n")
         dialogue.append((question, answer(model, processor, question, record.images), record.turns[1].text))
-        console.print(f"{question}? {dialogue[-1][1]} (right: {dialogue[-1][2]})", highlight=False)
-    console.rule("6. export")
+        say(console, f"{question}? {dialogue[-1][1]} (right: {dialogue[-1][2]})")
+    headline(console, "6. export")
     exported = export(output / "run", output / "export", metrics=scores["all five"].by_task, overwrite=True)
-    console.print(exported.summary(), highlight=False)
+    say(console, exported.summary())
     seconds = time.perf_counter() - started
     report = write_report(output, seed, scores, asked[0].images[0], dialogue, exported, seconds)
-    console.rule("next")
-    console.print(
+    headline(console, "next")
+    say(
+        console,
         f"report: {report} ({seconds:.0f} s in all). Now try:\n"
         f'  moe-vision generate {output / "run"} "{asked[0].turns[0].text[8:]}" --image {asked[0].images[0]}\n'
         "  moe-vision show configs/model/eagle-x5.yaml\n"
         f"  moe-vision train configs/train/micro.yaml --data {data['questions']} --output my-run",
-        highlight=False, soft_wrap=True,
+        soft_wrap=True,
     )  # fmt: skip
 
 
@@ -88,11 +90,11 @@ def prepare(output: Path, seed: int, overwrite: bool) -> None:
         shutil.rmtree(output)
     if output.exists() and (output.is_file() or any(output.iterdir())) and not mark.is_file():
         raise OutputError(f"output '{output}' exists and is no quickstart folder: choose another --output")
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["seed"] != seed:
+    if mark.is_file() and read_json(mark, "quickstart's mark").get("seed") != seed:
         raise OutputError(f"output '{output}' was made with another seed: choose another --output, or --overwrite")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"seed": seed}), encoding="utf-8")
+        write_text(mark, json.dumps({"seed": seed}), "quickstart's mark")
     except OSError as error:
         raise OutputError(f"output '{output}' cannot be written ({error}): choose another --output") from error
 
@@ -115,5 +117,5 @@ def write_report(
     lines += [f"- {question}? **{given}** (right: {right})" for question, given, right in dialogue]
     lines += ["", "## Export", "", exported.summary(), ""]
     path = output / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines), "report")
     return path

@@ -38,7 +38,7 @@ from moe_vision.search.statistics import Metric
 from moe_vision.search.subsets import alignment_stages, kept, pool_of, subset_model, subset_stages, with_pretrained
 from moe_vision.search.summary import Found
 from moe_vision.search.trials import Planned, Trials
-from moe_vision.terminal import terminal
+from moe_vision.terminal import say, terminal
 from moe_vision.training.checkpoints import write_atomically
 from moe_vision.training.data import records_of, settle, staged
 from moe_vision.training.feature_store import FeatureStore
@@ -97,7 +97,7 @@ def search(
             name: records_of(data, output / "data", config.seed) for name, data in names.items() if data is not None
         }
         if requeued := journal.requeue():
-            console.print(f"going on: {requeued} jobs were under way", highlight=False)
+            say(console, f"going on: {requeued} jobs were under way")
         if retry_failed:
             journal.forget_failures()
         return decide(config, model, pool, output, journal, records, console)

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from moe_vision.terminal import say
 from moe_vision.training.checkpoints import write_atomically
 
 FEW_STEPS = 10
@@ -55,7 +56,7 @@ class ScheduleProgress(TrainerCallback):
         self.loss = float("nan")
         self.started = time.perf_counter()
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}", style="bold", markup=False), BarColumn(), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
@@ -99,10 +100,10 @@ class ScheduleProgress(TrainerCallback):
             return
         seconds = time.perf_counter() - self.started
         loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
-        self.console.print(
+        say(
+            self.console,
             f"{self.position} {self.run}: step {state.global_step}/{state.max_steps}{loss}, {seconds:.0f} s; "
             f"schedule: about {self.seconds_left(state):.0f} s left",
-            highlight=False,
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,10 +143,10 @@ class LossFalls(TrainerCallback):
         part = max(1, len(losses) // 4)
         first, last = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
         if last > first * FALLEN:
-            self.console.print(
+            say(
+                self.console,
                 f"warning: the loss of {self.run} did not fall: {first:.3f} at its beginning, {last:.3f} at its end. "
                 "Look at its curve; then change the learning rates, train longer, or train more groups",
-                highlight=False,
             )
 
 

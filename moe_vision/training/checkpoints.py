@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 from safetensors import SafetensorError
 
-from moe_vision.files import give_usual_modes
+from moe_vision.files import WriteError, give_usual_modes
 
 TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "inline_container", "file write failed", "unexpected pos")
 """What torch's RuntimeErrors say when a file could not be written; it raises no OSError then."""
@@ -20,10 +20,6 @@ DIGESTS = "digests.json"
 """In a checkpoint: the XXH3 checksum of every other file in it, by its path there."""
 
 BLOCK = 1 << 24
-
-
-class WriteError(OSError):
-    """Something could not be written; what had been written before still stands."""
 
 
 @contextmanager

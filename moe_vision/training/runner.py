@@ -27,6 +27,7 @@ from moe_vision.data.samples import Samples, Source, samples_of
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
 from moe_vision.modeling.compose import compile_experts, compose, load, save
 from moe_vision.modeling.model_config import ModelConfig
+from moe_vision.terminal import say
 from moe_vision.training.callbacks import FiniteLoss, LossFalls, MetricsFile, ScheduleProgress, ScheduleSteps
 from moe_vision.training.checkpoints import (
     DIGESTS,
@@ -95,7 +96,7 @@ def train(
 
         on_main(hold)
         if on_main(lambda: (output / "model").is_dir() and not overwrite):
-            console.print(f"{output} is finished: its model is in {output / 'model'}", highlight=False)
+            say(console, f"{output} is finished: its model is in {output / 'model'}")
             return output / "model"
         return train_held(config, composition, output, console, cache, only, overwrite=overwrite)
 
@@ -107,7 +108,7 @@ def train_held(
     """As `train`, in an output that nobody else writes."""
     check_reporters(config.report_to)
     if processes().num_processes == 1 and (here := torch.cuda.device_count()) > 1:
-        console.print(f"one of {here} GPUs trains: `accelerate launch` takes all (docs/training.md)", highlight=False)
+        say(console, f"one of {here} GPUs trains: `accelerate launch` takes all (docs/training.md)")
     runs = config.runs(list(composition.experts))
     check_only(only, runs)
     for expert in dict.fromkeys(run.expert for run in runs):
@@ -145,7 +146,7 @@ def train_held(
             stood = False
         on_main(partial(remove_checkpoints, output, run))
     if missing := on_main(lambda: [run.name for run in runs if not is_finished(output, run)]):
-        console.print(f"{', '.join(only)}: finished; still to do: {', '.join(missing)}", highlight=False)
+        say(console, f"{', '.join(only)}: finished; still to do: {', '.join(missing)}")
         return output
     if runs[-1].expert is not None:  # it left an expert behind, and no whole model
         model = stand(output, runs, composition, model, digest)
@@ -212,7 +213,7 @@ def prepare(
             record_environment(output / "environment.json")
             write_atomically(output / "data_report.json", report_of(samples))
             for line in (*skipped_lines(samples, output / "data_report.json"), *unknown_lines(samples, processor)):
-                console.print(line, highlight=False)
+                say(console, line)
 
         def tokenised(sources: Sequence[Source]) -> Samples:
             context = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -268,7 +269,7 @@ def finished_runs(output: Path, runs: Sequence[Run], console: Console) -> set[st
         if fault is None:
             break
         aside = set_aside(folder / "done")
-        console.print(f"'{folder / 'done'}' cannot be used: {fault}. It is now '{aside.name}'; its run begins anew")
+        say(console, f"'{folder / 'done'}' cannot be used: {fault}. It is now '{aside.name}'; its run begins anew")
         done.remove(run)
     return {run.name for run in done}
 
@@ -308,7 +309,7 @@ def run_and_show(
     shown = ", ".join(f"{group} ({count:,} parameters, rate {rates[group]:g})" for group, count in trains.items())
     how = "trains in turn" if run.stage.alternate is not None else "trains"
     still = ", ".join(frozen) or "nothing"
-    progress.console.print(f"{progress.position} {run.name}: {how} {shown}; frozen: {still}", highlight=False)
+    say(progress.console, f"{progress.position} {run.name}: {how} {shown}; frozen: {still}")
     try:
         with Preemption() as preemption:
             weights = run_stage(
@@ -385,7 +386,7 @@ def run_stage(
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in quiet]:
         trainer.remove_callback(callback)
     shard_sensibly(trainer, model, rates)
-    checkpoint = on_main(lambda: last_checkpoint(folder, processes().num_processes, progress.console.print))
+    checkpoint = on_main(lambda: last_checkpoint(folder, processes().num_processes, partial(say, progress.console)))
     if checkpoint is not None:
         check_keys(Path(checkpoint), model)
     with worker_faults(run.name, stage.num_workers):

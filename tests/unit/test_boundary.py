@@ -4,6 +4,7 @@ import ast
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from moe_vision.cli import boundary
 from moe_vision.data.records import load_records
 from moe_vision.evaluation import EvalReport
 from moe_vision.files import FileError, WriteError, give_usual_modes, read_json, read_text, write_text
+from moe_vision.modeling.model_config import packaged_config
 from moe_vision.terminal import headline, say
 from moe_vision.viz.tables import accuracy_table
 from tests.tiny import tiny_values
@@ -140,6 +142,11 @@ def test_consoles_with_markup_are_made_nowhere() -> None:
             plain = isinstance(node, ast.Call) and ast.unparse(node.func) == "Console"
             if plain and path.name != "terminal.py" and "quiet" not in ast.unparse(node):
                 found.append(f"{path}:{node.lineno}")
+            prints = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("console.print", "console.rule"))
+            if prints and path.name not in ("terminal.py", "boundary.py"):
+                text = node.args and isinstance(node.args[0], (ast.Constant, ast.JoinedStr))
+                if text and "markup=False" not in ast.unparse(node):
+                    found.append(f"{path}:{node.lineno}")
     assert not found
 
 
@@ -253,3 +260,30 @@ def test_architectures_that_cannot_be_built_are_named(
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny_values(**architecture(**values))))
     code, _, err = run(monkeypatch, capsys, "show", tmp_path / "model.yaml")
     assert code == 2 and "model.yaml" in err and "language_model.architecture = " in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("architecture", "language_model.architecture = {'model_type': 'llama', 'hidden_size': 96.5}: architecture of"),
+        ("billion-laughs", "holds more than 100,000 values, aliases counted (line 5); use fewer aliases"),
+        ("duplicate-keys", "experts = 'experts': is given twice, in line 3 and in line 15"),
+        ("plugins-int", "plugins = 3: Input should be a valid list; write a list"),
+        ("epochs-inf", "stages.0.epochs = inf: is no finite number; write a number"),
+    ],
+)
+def test_configs_that_ended_in_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, name: str, said: str
+) -> None:
+    shutil.copy(CASES / f"{name}.yaml", tmp_path)
+    shutil.copy(packaged_config("model/micro.yaml"), tmp_path)
+    code, _, err = run(monkeypatch, capsys, "show", tmp_path / f"{name}.yaml")
+    assert code == 2 and f"{name}.yaml: 1 problem\n  {said}" in err.replace("file = '" + name + ".yaml': ", "")
+
+
+@pytest.mark.parametrize("name", ["deep.json", "surrogate.json"])
+def test_records_that_ended_in_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, name: str
+) -> None:
+    code, _, err = run(monkeypatch, capsys, "eval", tmp_path, CASES / name)
+    assert code == 2 and name in err

@@ -119,11 +119,13 @@ def cost(config: ModelConfig, size: Size = SLICED_SIZE, text_tokens: int = TEXT_
         length = visual_tokens + text_tokens
         embedded = torch.empty(1, length, width)
         causal = torch.ones(1, 1, length, length, dtype=torch.bool)  # given, since making one reads values
+        with naming("language_model"):
+            flops = flops_of(language_model, inputs_embeds=embedded, attention_mask=causal, use_cache=False)
         parts.append(
             PartCost(
                 "language_model", f"{text_config.model_type}, {visual_tokens} + {text_tokens} tokens", None, None,
                 width, count(language_model),
-                flops_of(language_model, inputs_embeds=embedded, attention_mask=causal, use_cache=False),
+                flops,
             )
         )  # fmt: skip
     return CostTable(parts, visual_tokens, None if config.slicing.one_view else size, len(plan.views))

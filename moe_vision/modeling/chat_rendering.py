@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 Message = Mapping[str, Any]
@@ -117,3 +118,12 @@ def end_of_turn_ids(tokenizer: Any, template: str | None) -> list[int]:
         return []
     ends = [tokenizer(end, add_special_tokens=False)["input_ids"][-1:] for end in (frame.end, frame.last_end)]
     return list(dict.fromkeys(token for ids in ends for token in ids))
+
+
+def mark_as_special(tokenizer: Any, ids: Sequence[int]) -> None:
+    """Make tokens special, so that an answer is decoded without them: some tokenizers have the token that ends a turn
+    as a plain added token."""
+    texts = [tokenizer.convert_ids_to_tokens(token) for token in ids if token not in tokenizer.all_special_ids]
+    if texts:
+        special = [AddedToken(text, special=True, normalized=False) for text in texts]
+        tokenizer.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)

@@ -22,7 +22,7 @@ from moe_vision.modeling import (
     MoeVisionImageProcessor,
     MoeVisionProcessor,
 )
-from moe_vision.modeling.chat_rendering import end_of_turn_ids
+from moe_vision.modeling.chat_rendering import end_of_turn_ids, mark_as_special
 from moe_vision.modeling.chat_template import usable_template
 from moe_vision.modeling.folder_checks import InitialZeros, check_objects, load_processor, read_skeleton
 from moe_vision.modeling.generation_defaults import generation_config_of
@@ -188,7 +188,7 @@ def load_language_model(model: MoeVisionForConditionalGeneration, source: str) -
     check_types(stored, set())
     with reading(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     causal, info = loaded[0].eval(), loaded[1]
     check_loaded(info, ("missing_keys", "mismatched_keys"), source)
@@ -230,10 +230,12 @@ def check_loaded(info: Mapping[str, Any], kinds: Sequence[str], source: Path | s
 
 def make_processor(config: ModelConfig, hf_config: MoeVisionConfig, tokenizer: Any) -> MoeVisionProcessor:
     """The processor whose slicing and placeholder counts are those of the model."""
+    template = chat_template_of(config, tokenizer)
+    mark_as_special(tokenizer, end_of_turn_ids(tokenizer, template))
     return MoeVisionProcessor(
         image_processor=MoeVisionImageProcessor(slicing=hf_config.vision_config.slicing),
         tokenizer=tokenizer,
-        chat_template=chat_template_of(config, tokenizer),
+        chat_template=template,
     )
 
 

@@ -82,7 +82,7 @@ def load_processor(folder: Path, config: MoeVisionConfig) -> MoeVisionProcessor:
     with reading(folder / "processor_config.json"):
         MoeVisionImageProcessor.from_pretrained(folder)
     with reading(f"{folder}/tokenizer.json, tokenizer_config.json"):
-        processor = MoeVisionProcessor.from_pretrained(folder)
+        processor = MoeVisionProcessor.from_pretrained(folder, trust_remote_code=False)
     check_processor(processor, config, folder)
     return processor
 

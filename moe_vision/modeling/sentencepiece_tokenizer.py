@@ -33,7 +33,9 @@ def read_tokenizer(source: str, **settings: Any) -> Any:
     Raises OSError where there is none, ValueError for a `tokenizer.model` that cannot be converted exactly.
     """
     model = sentencepiece_file(source)
-    return AutoTokenizer.from_pretrained(source, **settings) if model is None else converted(model, **settings)
+    if model is not None:
+        return converted(model, **settings)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **settings)
 
 
 def sentencepiece_file(source: str) -> Path | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tokenizers import AddedToken
 
-from moe_vision.config import load_config
+from moe_vision.config import load_config, validate
 from moe_vision.data.chat import IGNORED, message, render, tokenise
 from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import Record, Turn
@@ -16,11 +17,11 @@ from moe_vision.evaluation import prompt_text
 from moe_vision.modeling import MoeVisionProcessor
 from moe_vision.modeling.chat_rendering import end_of_turn_ids, render_chat
 from moe_vision.modeling.chat_template import usable_template
-from moe_vision.modeling.compose import chat_template_of
+from moe_vision.modeling.compose import chat_template_of, make_processor
 from moe_vision.modeling.model_config import ModelConfig, packaged_config
 from moe_vision.modeling.turns import question_mask, turns_of
 from tests.language_tokenizers import KINDS, OURS, TRL, marks, small_tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer, tiny_values
 
 ALL = [*((name, kind) for name in OURS for kind in KINDS), *((n, KINDS[i // 2 % 4]) for i, n in enumerate(TRL))]
 
@@ -205,3 +206,15 @@ def test_presets_take_the_template_of_their_language_model() -> None:
         "<|im_start|>user\nis it a dog<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
         "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\ncat<|im_end|>\n"
     )
+
+
+def test_answers_are_decoded_without_an_end_token_that_is_not_marked_special() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=False), AddedToken("<|im_end|>", special=False)])
+    answer = tokenizer("yes<|im_end|>")["input_ids"]
+    assert "<|im_end|>" in tokenizer.decode(answer, skip_special_tokens=True)
+    language = {**tiny_values()["language_model"], "chat_template": "chatml"}
+    config = validate(ModelConfig, tiny_values(language_model=language), source="tiny")
+    processor = make_processor(config, config.hf_config(tokenizer.convert_tokens_to_ids("<image>")), tokenizer)
+    assert processor.decode(answer, skip_special_tokens=True).strip() == "yes"
+    assert processor.image_token == "<image>"

@@ -18,6 +18,13 @@ def data_config(path: Path, image_root: Path | None) -> "DataConfig":
 
 
 def on_file(config: "ScheduleT", data: "DataConfig") -> "ScheduleT":
-    """The same schedule with this data in every stage."""
-    stages = [stage.model_copy(update={"data": data}) for stage in config.stages]
+    """The same schedule with this file as the data of every stage."""
+    stages = [stage.model_copy(update={"data": read_alike(stage.data, data)}) for stage in config.stages]
     return config.model_copy(update={"stages": stages})
+
+
+def read_alike(before: "DataConfig | None", data: "DataConfig") -> "DataConfig":
+    """`data` with the settings of `before` that say how records are read: what to do with faults, and their length."""
+    if before is None:
+        return data
+    return data.model_copy(update={"on_fault": before.on_fault, "max_length": before.max_length})

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_vision.cli.common import AsJson, Overrides, Overwrite, app, plugins_allowed, print_json
-from moe_vision.cli.data import data_config, on_file
+from moe_vision.cli.data import data_config, on_file, read_alike
 from moe_vision.terminal import say, terminal
 
 
@@ -83,7 +83,7 @@ def compare(
     if data is not None:
         compared = on_file(compared, data_config(data, image_root))
     if test is not None:
-        compared = compared.model_copy(update={"test": data_config(test, image_root)})
+        compared = compared.model_copy(update={"test": read_alike(compared.test, data_config(test, image_root))})
     names = [*compared.mixers] if mixer is None else [name.strip() for name in mixer.split(",")]
     summary = run(compared, names, seeds, output, overwrite=overwrite, console=terminal(stderr=as_json))
     if as_json:
@@ -122,7 +122,8 @@ def search(
     if data is not None:
         searched = on_file(searched, data_config(data, image_root))
     asked = {name: path for name, path in (("validation", validation), ("test", test)) if path is not None}
-    searched = searched.model_copy(update={name: data_config(path, image_root) for name, path in asked.items()})
+    named = {name: read_alike(getattr(searched, name), data_config(path, image_root)) for name, path in asked.items()}
+    searched = searched.model_copy(update=named)
     summary = run(searched, output, overwrite=overwrite, retry_failed=retry_failed, console=terminal(stderr=as_json))
     if as_json:
         print_json(summary)

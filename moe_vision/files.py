@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ def os_hint(error: OSError) -> str:
 def resolved(path: Path | str) -> Path:
     """The absolute path with its links followed; unlike `Path.resolve`, also of links that lead in a circle."""
     return Path(os.path.realpath(path))
+
+
+def check_not_input(output: Path, inputs: Iterable[Path | str], what: str) -> None:
+    """Raise FileError, which calls the output `what`, where writing it would destroy one of a command's inputs."""
+    if output.exists() and any(resolved(path) == resolved(output) for path in inputs):
+        raise FileError(what, output, "is an input of this command, and would be overwritten", "give another file")
 
 
 def check_regular(path: Path, what: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from moe_vision.cli.common import AsJson, Overrides, app, plugins_allowed, print_json
 from moe_vision.cli.data import data_config, on_file
+from moe_vision.files import check_not_input
 from moe_vision.terminal import say, terminal
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def plan(
         overrides = [f"slicing.{setting}" for setting in settings or []]
         loaded = load_config(ModelConfig, config, overrides, allow_plugins=plugins_allowed(context))
         slicing = loaded.vision_config().policy()
+    if image is not None:
+        check_not_input(image, images, "the drawing")
     planned = plan_all(images, slicing, images_per_prompt, frames)
     if image is not None:
         from moe_vision.viz.plan_pictures import draw_plans

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_vision.cli.common import AsJson, Overwrite, app, print_json, run_plugins_of
-from moe_vision.files import json_text, read_json, write_text
+from moe_vision.files import check_not_input, json_text, read_json, write_text
 from moe_vision.terminal import say, terminal
 
 
@@ -40,6 +40,8 @@ def evaluate_command(
     from moe_vision.evaluation import evaluate, load_on_accelerator
     from moe_vision.viz.tables import accuracy_table
 
+    if predictions is not None:
+        check_not_input(predictions, [data], "the file of predictions")
     run_plugins_of(context, model)
     faults: list[Fault] = []
     if on_fault is FaultChoice.skip:

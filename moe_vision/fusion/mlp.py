@@ -14,6 +14,9 @@ from moe_vision.fusion.base import Adapter, AdapterConfig
 from moe_vision.registry import ADAPTERS
 from moe_vision.types import TokenShape, VisualTokens
 
+DEEPEST_MLP = 100
+"""Most linear layers of a projector. A larger number is a slip of the keyboard, and would take hours to build."""
+
 
 @ADAPTERS.register("mlp")
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class MlpConfig(AdapterConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} of mlp: must be at least 1")
+        if self.depth > DEEPEST_MLP:
+            raise ValueError(f"depth {self.depth} of mlp: must be at most {DEEPEST_MLP}")
 
     @property
     def any_grid(self) -> bool:

@@ -20,12 +20,15 @@ def render_chat(
 
     Raises jinja2.TemplateError, as templates do.
     """
-    rendered: Any = render_jinja_template(
-        [[dict(message) for message in messages]],
-        chat_template=template,
-        add_generation_prompt=generation,
-        **{**tokenizer.special_tokens_map, **variables},
-    )
+    try:
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in messages]],
+            chat_template=template,
+            add_generation_prompt=generation,
+            **{**tokenizer.special_tokens_map, **variables},
+        )
+    except OverflowError as error:  # a loop that is longer than Jinja's sandbox allows
+        raise TemplateError(str(error)) from None
     text: str = rendered[0][0]
     return text
 

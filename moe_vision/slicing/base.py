@@ -23,6 +23,10 @@ TokensOf = Callable[[Role, Size], TokenCount]
 """Tokens of a view of this role and size (height, width)."""
 
 
+MOST_VIEWS = 10_000
+"""Most views that a policy may be allowed to cut an image into. Planning more would take minutes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlicingPolicy:
     """A pure function from an image's (height, width) to a `Plan`.
@@ -80,6 +84,13 @@ class SlicingPolicy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} of slicing '{self.type_name}': must be at least 1")
+
+    def check_view_limit(self, name: str) -> None:
+        """Raises ValueError for a number of views that is not from 1 to `MOST_VIEWS`."""
+        self.check_positive(name)
+        value = getattr(self, name)
+        if value > MOST_VIEWS:
+            raise ValueError(f"{name} {value} of slicing '{self.type_name}': must be at most {MOST_VIEWS}")
 
 
 def check_image_size(size: Size) -> None:

@@ -28,7 +28,8 @@ class SlimeSlicing(SlicingPolicy):
     separator: str = ","
 
     def __post_init__(self) -> None:
-        self.check_positive("max_tiles", "tile_size", "tokens_per_tile", "tokens_per_overview")
+        self.check_view_limit("max_tiles")
+        self.check_positive("tile_size", "tokens_per_tile", "tokens_per_overview")
         if self.tokens_per_tile is not None and math.isqrt(self.tokens_per_tile) ** 2 != self.tokens_per_tile:
             raise ValueError(f"tokens_per_tile {self.tokens_per_tile} of slicing 'slime': must be a square, as 144")
 

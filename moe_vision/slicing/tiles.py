@@ -28,7 +28,8 @@ class TileSlicing(SlicingPolicy):
     end: str | None = "</img>"
 
     def __post_init__(self) -> None:
-        self.check_positive("min_tiles", "max_tiles", "tile_size", "tokens_per_tile")
+        self.check_view_limit("max_tiles")
+        self.check_positive("min_tiles", "tile_size", "tokens_per_tile")
         if self.min_tiles > self.max_tiles:
             raise ValueError(f"min_tiles {self.min_tiles} of slicing 'tiles' is above max_tiles {self.max_tiles}")
 

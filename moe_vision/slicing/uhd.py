@@ -32,7 +32,8 @@ class UhdSlicing(SlicingPolicy):
     edition: Literal["published", "first"] = "published"
 
     def __post_init__(self) -> None:
-        self.check_positive("max_slices", "scale_resolution", "patch_size", "tokens_per_view")
+        self.check_view_limit("max_slices")
+        self.check_positive("scale_resolution", "patch_size", "tokens_per_view")
         if self.scale_resolution < self.patch_size:
             raise ValueError(
                 f"scale_resolution {self.scale_resolution} of slicing 'uhd' is below patch_size {self.patch_size}"

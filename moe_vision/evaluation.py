@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from moe_vision.data.chat import check_markers, image_tokens, message, render
+from moe_vision.data.chat import check_markers, check_texts, image_tokens, message, render
 from moe_vision.data.faults import DataError, Fault, RecordFault, faults_of, problems_of
 from moe_vision.data.records import IMAGE_MARKER, Record, Turn, load_image
 from moe_vision.modeling import MoeVisionForConditionalGeneration, MoeVisionProcessor
@@ -216,6 +216,7 @@ def answer_lengths(
 def prompt_text(processor: MoeVisionProcessor, turns: Sequence[Turn], images: Sequence[Path]) -> str:
     """A conversation as the tokenizer takes it, with the placeholders of its images, up to where the answer begins."""
     text = render(processor, [message(turn) for turn in turns], generation=True)
+    check_texts(turns, "the question", processor)
     check_markers(text, len(images), "the question", processor)
     return with_placeholders(text, images, processor)
 

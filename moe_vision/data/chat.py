@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
     Raises RecordFault where the chat template refuses the conversation, or where a text contains the image token.
     """
     text, spans = answer_spans(record, processor)
+    check_texts(record.turns, f"record {record.id!r}: its text", processor)
     check_markers(text, len(record.images), f"record {record.id!r}: its text", processor)
     ids: list[int] = []
     labels: list[int] = []
@@ -68,6 +70,26 @@ def tokenise(record: Record, processor: MoeVisionProcessor) -> Tokenised:
             learnt = any(first <= start < last for first, last in spans)
             labels.append(token if learnt else IGNORED)
     return Tokenised(ids, labels)
+
+
+def check_texts(turns: Sequence[Turn], title: str, processor: MoeVisionProcessor) -> None:
+    """Raises RecordFault for a text that contains a special token of the tokenizer, other than its image token: an
+    answer would end in its middle, or a question would open a turn. title: what to call the text.
+    """
+    for turn in turns:
+        text = turn.text.replace(IMAGE_MARKER, "")  # some tokenizers have a special token of this text
+        for token in special_texts_but(processor.tokenizer, processor.image_token):
+            if token in text:
+                raise RecordFault(
+                    f"{title} contains {token!r}, which is a special token of the tokenizer: remove it", "text"
+                )
+
+
+@lru_cache(maxsize=16)
+def special_texts_but(tokenizer: Any, image_token: str) -> tuple[str, ...]:
+    """Texts of the tokenizer's special tokens without the image token, which has a check of its own."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(token for token in special if token.strip() and token != image_token)
 
 
 def check_markers(text: str, images: int, title: str, processor: MoeVisionProcessor) -> None:

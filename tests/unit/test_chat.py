@@ -10,6 +10,7 @@ from moe_vision.data.chat import IGNORED, message, tokenise
 from moe_vision.data.collate import Collator, ConversationDataset
 from moe_vision.data.faults import RecordFault
 from moe_vision.data.records import Record, Turn, load_records
+from moe_vision.evaluation import prompt_text
 from moe_vision.modeling import MoeVisionProcessor
 from tests.tiny import tiny_model
 from tests.unit.toy import write_data
@@ -108,3 +109,20 @@ def test_logits_are_kept_where_a_row_learns_its_next_token(tmp_path: Path, proce
     model.zero_grad()
     all_.loss.backward()
     torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "texts", [("what", "a</s>b"), ("what </s> is", "red"), ("what", "red", "<|assistant|>no", "x")]
+)
+def test_a_text_with_a_special_token_is_a_fault_of_its_record(
+    texts: tuple[str, ...], processor: MoeVisionProcessor
+) -> None:
+    with pytest.raises(
+        RecordFault, match=r"record 'a': its text contains '(</s>|<\|assistant\|>)', which is a special"
+    ):
+        tokenise(conversation(*texts, images=0), processor)
+
+
+def test_a_question_with_a_special_token_is_refused(processor: MoeVisionProcessor) -> None:
+    with pytest.raises(RecordFault, match="the question contains '</s>'"):
+        prompt_text(processor, [Turn("user", "what </s> is it")], [])

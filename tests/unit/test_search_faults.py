@@ -182,7 +182,7 @@ def dies_beside_one_that_stays(job: Job) -> Result:
 
 def test_a_process_that_dies_leaves_one_at_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [Job(key, "trial", ("clip",), 0, {}, str(tmp_path), 0) for key in ("dies", "stays", "later")]
-    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
     stranger.start()
     pool = Processes(LocalExecutor(processes=2))
     monkeypatch.setattr(executors, "attempt", dies_beside_one_that_stays)

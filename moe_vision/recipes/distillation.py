@@ -61,7 +61,7 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def follow(self, expert: Expert) -> None:
-        """Move the teacher's weights towards the student's, more slowly as training goes on."""
+        """Move the teacher's weights towards the student's, more slowly as training proceeds."""
         self.steps += 1
         momentum = min(1 - 1 / self.steps, 0.99)
         students = nn.ModuleList([expert, self.head])

@@ -148,7 +148,7 @@ def last_checkpoint(folder: Path, processes: int, say: Callable[[str], None]) ->
 
 
 def check_processes(checkpoint: Path, processes: int) -> None:
-    """Raise OutputError unless so many processes wrote a checkpoint."""
+    """Raise OutputError unless this number of processes wrote a checkpoint."""
     wrote = len(list(checkpoint.glob("rng_state*.pth")))
     if wrote != processes:
         raise OutputError(f"checkpoint '{checkpoint}' was written by {wrote} processes, and this launch has "

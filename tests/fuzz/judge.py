@@ -41,7 +41,7 @@ class Verdict:
 
 @contextlib.contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Raise HangError in this block after so many seconds."""
+    """Raise HangError in this block after a number of seconds."""
 
     def late(number: int, frame: Any) -> None:
         raise HangError
